@@ -1,0 +1,136 @@
+"""Scales before training: plain rounding, squared error, and squared error weighted by the layer's inputs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
+from qat.insert import layers
+from qat.nn import FakeQuantLinear
+from qat.observers import EMA, MSE, MinMax
+
+OBSERVERS: dict[str, type[MinMax]] = {"absmax": MinMax, "ema": EMA, "mse": MSE}
+
+# Rows of a weight searched at a time: bounds the memory of the search to a few times 32 MB.
+_CHUNK = 1 << 23
+
+
+class RangeCalibration:
+    """Sets every scale of a model from its weights and, where needed, from calibration data.
+
+    Args:
+        name: what tables call it.
+        weight: `absmax` (round to nearest over the full range) or `mse` (the ratio of that range with the
+            smallest squared error).
+        importance: weight the squared error by E[x_j^2] of the layer's inputs over the calibration data:
+            the diagonal of the layer's output error.
+        input: observer of static activations: `absmax`, `ema` or `mse`.
+
+    Raises:
+        ValueError: the fields contradict each other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Literal["absmax", "mse"] = "mse",
+        importance: bool = False,
+        input: Literal["absmax", "ema", "mse"] = "mse",
+    ):
+        if weight not in ("absmax", "mse"):
+            raise ValueError(f"calibration {name}: weight must be absmax or mse, got {weight!r}")
+        if input not in OBSERVERS:
+            raise ValueError(f"calibration {name}: input must be one of {', '.join(OBSERVERS)}, got {input!r}")
+        if importance and weight != "mse":
+            raise ValueError(f"calibration {name}: importance weights a squared error; use weight=mse with it")
+        self.name, self.weight, self.importance, self.input = name, weight, importance, input
+
+    def needs_data(self, model: nn.Module) -> bool:
+        """Whether calibrating `model` runs it on data."""
+        static = any(q.scale is not None for q in _input_quantizers(model))
+        return self.importance or static
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, run: Callable[[], None]) -> None:
+        """Set the scales of all quantizers of `model`; their stage is FLOAT afterwards.
+
+        Args:
+            model: with fake quantizers inserted.
+            run: runs the calibration data through `model`, with padding announced by `token_mask`.
+
+        Raises:
+            ValueError: NaN in a weight or activation, or no usable token, naming the layer.
+        """
+        for layer in layers(model).values():
+            for quantizer in layer.quantizers:
+                quantizer.set_stage(Stage.OBSERVE)
+        static = [q for q in _input_quantizers(model) if q.scale is not None]
+        for quantizer in static:
+            quantizer.observer = OBSERVERS[self.input](quantizer.spec)
+        moments: dict[str, Tensor] = {}
+        if self.needs_data(model):
+            with _input_moments(model, moments) if self.importance else _nothing():
+                run()
+        for name, layer in layers(model).items():
+            try:
+                self._set(layer, moments.get(name))
+            except ValueError as error:
+                raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
+
+    def _set(self, layer: FakeQuantLinear, moment: Tensor | None) -> None:
+        if self.importance and moment is None:
+            raise ValueError("no value was observed: the calibration data has no usable token, or never reaches it")
+        layer.weight_quantizer.set_scale(self._weight_scale(layer, moment))
+        for quantizer in layer.quantizers:
+            if quantizer.observer is not None:
+                quantizer.set_scale(quantizer.observer.scale())
+                quantizer.observer = None
+            quantizer.set_stage(Stage.FLOAT)
+
+    def _weight_scale(self, layer: FakeQuantLinear, moment: Tensor | None) -> Tensor:
+        stored = layer.weight_quantizer.scale
+        assert stored is not None
+        scales = []
+        weight = layer.weight.reshape(stored.shape[0], -1)
+        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+            observer = OBSERVERS[self.weight](layer.weight_quantizer.spec)
+            values = rows.reshape(len(rows) * stored.shape[1], -1)
+            if isinstance(observer, MSE):
+                observer.most = values.shape[1]
+                shared = None if moment is None else moment.expand(len(rows), -1).reshape(values.shape)
+                observer.observe(values, shared)
+            else:
+                observer.observe(values)
+            scales.append(observer.scale().view(-1, stored.shape[1]))
+        return torch.cat(scales)
+
+
+def _input_quantizers(model: nn.Module) -> list[FakeQuantizer]:
+    return [layer.input_quantizer for layer in layers(model).values() if layer.input_quantizer is not None]
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _input_moments(model: nn.Module, moments: dict[str, Tensor]) -> Iterator[None]:
+    """Within, sum the squares of each layer's real input tokens into `moments[name]` (in,), float32."""
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = unmasked(inputs[0].detach()).float()
+        if len(tokens):
+            square = tokens.square().sum(0)
+            moments[name] = moments[name] + square if name in moments else square
+
+    hooks = [layer.register_forward_pre_hook(partial(watch, name)) for name, layer in layers(model).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,8 @@
+"""Lightning callbacks: quantization, recovery and export for any LightningModule."""
+
+from qat.callbacks.export import Export
+from qat.callbacks.guard import NaNGuard, SafeExit
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.callbacks.recovery import Recovery
+
+__all__ = ["Export", "NaNGuard", "QuantizationAwareTraining", "Recovery", "SafeExit"]

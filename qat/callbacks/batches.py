@@ -1,0 +1,58 @@
+"""How a callback runs a batch of a module it knows nothing about."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.evaluation.losses import Losses
+
+
+def forward_batch(module: Any, batch: Any) -> Any:
+    """Run one batch: `module.losses(batch)` if there is one, else forward of the batch or its first element."""
+    if hasattr(module, "losses"):
+        return module.losses(batch)
+    return module(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
+@contextmanager
+def muted(module: Any) -> Iterator[None]:
+    """Within, `module.log` and `log_dict` do nothing: they fail outside Lightning's own loops."""
+    for name in ("log", "log_dict"):
+        setattr(module, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            module.__dict__.pop(name, None)
+
+
+def step_losses(output: Any, batch: Any, batch_idx: int) -> Losses:
+    """What a `validation_step` returned, as `Losses`.
+
+    A step may return `Losses` (documents are resampled), or a mean loss as a tensor or under the key
+    `loss` (then a batch counts as one document, weighted by its size).
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if isinstance(output, Losses):
+        return output
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"validation_step returned {type(output).__name__}: to measure recovery it must return the batch's mean "
+            "loss (a tensor, or a dict with 'loss'), or qat.evaluation.Losses"
+        )
+    size = _size(batch)
+    count = torch.tensor([size])
+    nll = (loss.detach().double().cpu() * size).reshape(1)
+    return Losses(nll, torch.full((1,), torch.nan, dtype=torch.float64), count, torch.tensor([batch_idx]))
+
+
+def _size(batch: Any) -> int:
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return len(batch)

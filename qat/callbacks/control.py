@@ -1,0 +1,98 @@
+"""The float control: the same model fine-tuned for the same steps on the same batches, trained once and kept.
+
+Without it a recovery means nothing: fine-tuning alone moves the loss by more than INT4 costs.  A control is
+known by the hash of everything that its weights depend on, so that all jobs of a sweep share one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qat.calibration import RangeCalibration
+from qat.callbacks.measure import Measure
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.callbacks.recovery import Control
+from qat.insert import insert
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "control.safetensors"
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 (hex, 16 digits) of all parameters and buffers of `model`, names included."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def control_folder(root: Path, **inputs: Any) -> Path:
+    """Where the control that depends on `inputs` (plain values: digests, rates, steps) is kept under `root`."""
+    return root / hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def train_control(
+    folder: Path, pl_module: L.LightningModule, data: L.LightningDataModule, trainer: Callable[..., L.Trainer]
+) -> None:
+    """Train `pl_module` in float and keep its weights in `folder`; goes on where a killed run left off.
+
+    Args:
+        folder: of this control; created.
+        pl_module: the untrained module; it is trained in place.
+        data: the batches that QAT will see.
+        trainer: (checkpoint folder) -> Trainer with the settings of the QAT run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = folder / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    trainer(checkpoints).fit(pl_module, data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
+        pass
+    shared = {n: t.detach().clone().contiguous() for n, t in pl_module.state_dict().items()}
+    save_file(shared, temporary.name)
+    os.replace(temporary.name, folder / WEIGHTS)
+    for checkpoint in checkpoints.glob("*.ckpt"):
+        checkpoint.unlink()
+
+
+def load_control(folder: Path, pl_module: L.LightningModule) -> None:
+    """Overwrite the weights of `pl_module` with the trained control's."""
+    pl_module.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def measure_control(
+    pl_module: L.LightningModule,
+    trainer: L.Trainer,
+    quantization: QuantizationAwareTraining,
+    calibrations: list[RangeCalibration],
+) -> Control:
+    """Losses of the control in float and after each calibration; the best one on the validation split stands.
+
+    Args:
+        pl_module: holding the control's weights; fake quantizers are inserted into it.
+        trainer: with data attached.
+        quantization: whose scheme is measured.
+        calibrations: post-training quantizations to choose from.
+    """
+    trainer.precision_plugin.convert_module(pl_module)
+    pl_module.to(trainer.strategy.root_device)
+    insert(quantization.quantized(pl_module), quantization.schemes, quantization.estimator)
+    measure = Measure(trainer, pl_module, quantization)
+    in_float = measure.in_float("control")
+    tried = {c.name: measure.post_training(f"control, {c.name}", c) for c in calibrations}
+    best = min(tried, key=lambda name: tried[name]["validation"].loss)
+    losses = ", ".join(f"{name} {measured['validation'].loss:.4f}" for name, measured in tried.items())
+    log.info("PTQ of the control on the validation split: %s; %s stands", losses, best)
+    return Control(in_float, tried[best], best)

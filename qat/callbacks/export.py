@@ -1,0 +1,53 @@
+"""Export at the end of training, proven against the last training forward."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from qat.callbacks.batches import forward_batch, muted
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.evaluation.losses import to_device
+from qat.export import Export as Artifact
+from qat.export import export
+from qat.export.fold import record
+
+log = logging.getLogger(__name__)
+
+
+class Export(L.Callback):
+    """Folds, packs, writes and verifies the quantized model when training has ended.
+
+    Args:
+        directory: of the artifact; must not exist.
+        tokenizer: saved beside the model, or None.
+        dtype: of the tensors that are not quantized (`bfloat16`, ...), or None for the trained one.
+
+    After training `exported` says what was written.
+    """
+
+    def __init__(self, directory: str | Path, tokenizer: Any = None, dtype: str | None = None):
+        self.directory, self.tokenizer = Path(directory), tokenizer
+        self.dtype = getattr(torch, dtype) if dtype is not None else None
+        self.exported: Artifact | None = None
+        self._batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        quantization = next(c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining))  # type: ignore[attr-defined]
+        model = quantization.quantized(pl_module)
+        # The weights moved once more after the last batch, so one more training-mode forward, with the
+        # precision and the code path of training, is what the artifact has to equal.
+        with record(model) as recorded:
+            batch = self._batch if self._batch is not None else next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
+            pl_module.train()
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), muted(pl_module):
+                forward_batch(pl_module, to_device(batch, pl_module))
+        self.exported = export(model, recorded, self.directory, tokenizer=self.tokenizer, dtype=self.dtype)
+        log.info("exported to %s, proven bit-exact for %d layers", self.directory, len(self.exported.layers))

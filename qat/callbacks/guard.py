@@ -1,0 +1,92 @@
+"""Stop before damage: at NaN before the weights take it in, at Ctrl-C after the step that is under way."""
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class NaNGuard(L.Callback):
+    """Raises ValueError at the first batch or loss that is not finite, before the weights change."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for name, value in _fields(batch):
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"batch {batch_idx} (step {trainer.global_step}): field {name} holds NaN or infinite values. The "
+                    "data is at fault; the weights are those before this batch"
+                )
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {trainer.global_step} is {loss.item()}; the weights are those before it. "
+                "Try a lower optim.lr or qat.scale_lr, or resume from an earlier checkpoint"
+            )
+
+
+def _fields(batch: Any, prefix: str = "batch") -> list[tuple[str, Tensor]]:
+    if isinstance(batch, Tensor):
+        return [(prefix, batch)]
+    if isinstance(batch, dict):
+        return [f for key, value in batch.items() for f in _fields(value, f"{prefix}[{key!r}]")]
+    if isinstance(batch, (list, tuple)):
+        return [f for i, value in enumerate(batch) for f in _fields(value, f"{prefix}[{i}]")]
+    return []
+
+
+class SafeExit(L.Callback):
+    """On Ctrl-C or SIGTERM finishes the step under way, saves, and says how to resume; a second one stops at once.
+
+    Args:
+        path: the checkpoint that is written (atomically).
+        command: what the user types to go on.
+    """
+
+    def __init__(self, path: str | Path, command: str):
+        self.path, self.command = Path(path), command
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("stopping after this step (once more: at once, losing what came after the last checkpoint)")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.asked:
+            return
+        trainer.save_checkpoint(self.path)
+        log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
+        raise KeyboardInterrupt
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, ValueError) and trainer.global_step and not self.asked:
+            trainer.save_checkpoint(self.path)  # NaNGuard raised: the weights are whole
+            log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
+        self._restore()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,86 @@
+"""Measure a LightningModule on held-out splits, in float and after post-training quantization."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+from qat.calibration import RangeCalibration
+from qat.callbacks.batches import muted, step_losses
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.evaluation.losses import DocumentLosses, evaluate
+from qat.fake_quantizer import Stage
+from qat.insert import layers, quantizers, set_stage
+
+Measured = dict[str, DocumentLosses]
+"""Losses of one model by split: `validation` (watched while training) and `test` (the figures)."""
+
+
+class Measure:
+    """Runs `validation_step` over the held-out splits of a trainer's data.
+
+    Args:
+        trainer: whose datamodule, or validation loader, and precision are used.
+        pl_module: is restored to the state it was in after every measurement.
+        quantization: the callback that knows what is quantized and how calibration data is run.
+    """
+
+    def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, quantization: QuantizationAwareTraining):
+        self.trainer, self.module, self.quantization = trainer, pl_module, quantization
+
+    def loaders(self) -> dict[str, Any]:
+        """The held-out loaders by split; a module without a datamodule has only `validation`."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            return {"validation": self.trainer.fit_loop._data_source_val()}
+        found = {"validation": data.val_dataloader()}
+        if type(data).test_dataloader is not L.LightningDataModule.test_dataloader:
+            found["test"] = data.test_dataloader()
+        return found
+
+    def __call__(self, label: str, splits: tuple[str, ...] = ("validation", "test")) -> Measured:
+        """Losses of the module as it is; `label` names the progress bar."""
+        return {
+            split: evaluate(
+                self.module,
+                enumerate(loader),
+                losses=self._losses,
+                context=self.trainer.precision_plugin.forward_context,
+                progress=f"{label}, {split}",
+            )
+            for split, loader in self.loaders().items()
+            if split in splits
+        }
+
+    def _losses(self, module: Any, numbered: tuple[int, Any]) -> Any:
+        index, batch = numbered
+        with muted(module):
+            return step_losses(module.validation_step(batch, index), batch, index)
+
+    def in_float(self, label: str) -> Measured:
+        """Losses with all quantizers off."""
+        return self._at(Stage.FLOAT, lambda: self(label))
+
+    def post_training(self, label: str, calibration: RangeCalibration) -> Measured:
+        """Losses after quantizing the weights as they are with `calibration`, without training."""
+
+        def run() -> Measured:
+            self.quantization.calibrate(self.trainer, self.module, calibration)
+            set_stage(self.module, Stage.FROZEN)
+            return self(label)
+
+        return self._at(Stage.FLOAT, run)
+
+    def _at(self, stage: Stage, run: Callable[[], Measured]) -> Measured:
+        """`run()` with all quantizers at `stage`; their stages and scales are put back afterwards."""
+        assert layers(self.module), "quantizers are inserted before anything is measured"
+        kept = [(q, q.current_stage, None if q.scale is None else q.scale.detach().clone()) for q in
+                quantizers(self.module)]  # fmt: skip
+        set_stage(self.module, stage)
+        try:
+            return run()
+        finally:
+            for quantizer, before, scale in kept:
+                quantizer.set_stage(before)
+                if scale is not None:
+                    quantizer.set_scale(scale)

@@ -1,0 +1,196 @@
+"""Quantization-aware training as a callback: insert, calibrate, schedule, freeze.
+
+The module it works on knows nothing of it.  All state is in the quantizers' buffers and parameters, so a
+checkpoint carries it, and every phase is chosen by `step >= border`, so a resumed run is in the right one.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from qat.calibration import RangeCalibration
+from qat.callbacks.batches import forward_batch, muted
+from qat.callbacks.optimizers import check_optimizers, scale_groups
+from qat.estimators import LSQ, Estimator
+from qat.evaluation.losses import to_device
+from qat.fake_quantizer import Stage, token_mask
+from qat.functional import SCALE_FLOOR
+from qat.insert import insert, layers, quantizers, set_stage, untie
+from qat.scheme import SchemeMap
+from qat.training import scale_parameters
+
+log = logging.getLogger(__name__)
+
+
+class QuantizationAwareTraining(L.Callback):
+    """Trains a LightningModule through fake quantizers.
+
+    Inserts in `setup` where the model exists by then, after `configure_model` where that builds it, or
+    adopts a model into which `configure_model` inserted by itself (`qat.insert`), as sharding needs.
+
+    Args:
+        schemes: which layers are quantized, and how.
+        calibration: sets the scales when quantization starts; MSE by default.
+        estimator: the gradient; LSQ by default.
+        scale_lr: learning rate of the scales.
+        start_step: optimizer steps in float before quantization starts.
+        freeze_share: share of the steps, at the end, in which the scales no longer move.
+        submodule: dotted name of the part of the LightningModule to quantize; patterns match names
+            inside it.  Empty: all of it.
+        untie: give an output layer that shares the embedding's weight its own copy first.
+        calibration_loader: batches for calibrations that need data; by default the datamodule's
+            `calibration_dataloader()`.
+        forward: (module, batch) -> anything; how one such batch runs.
+    """
+
+    def __init__(
+        self,
+        schemes: SchemeMap,
+        calibration: RangeCalibration | None = None,
+        estimator: Estimator | None = None,
+        scale_lr: float = 1e-5,
+        start_step: int = 0,
+        freeze_share: float = 0.1,
+        submodule: str = "",
+        untie: bool = False,
+        calibration_loader: Iterable[Any] | None = None,
+        forward: Callable[[Any, Any], Any] = forward_batch,
+    ):
+        if not 0 <= freeze_share < 1:
+            raise ValueError(f"freeze_share must be in [0, 1), got {freeze_share}")
+        self.schemes, self.estimator = schemes, estimator if estimator is not None else LSQ()
+        self.calibration = calibration if calibration is not None else RangeCalibration("mse")
+        self.scale_lr, self.start_step, self.freeze_share = scale_lr, start_step, freeze_share
+        self.submodule, self.untie = submodule, untie
+        self.calibration_loader, self.forward = calibration_loader, forward
+
+    def quantized(self, module: nn.Module) -> nn.Module:
+        """The part of `module` that is quantized."""
+        return module.get_submodule(self.submodule)
+
+    # -- insertion ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        built_later = type(pl_module).configure_model is not L.LightningModule.configure_model
+        if any(isinstance(m, nn.Linear) for m in pl_module.modules()) or not built_later:
+            self._insert(pl_module)
+        else:
+            _after(pl_module, "configure_model", lambda _: self._insert(pl_module))
+        original = pl_module.configure_optimizers
+
+        @functools.wraps(original)
+        def configure_optimizers() -> Any:
+            with scale_groups(pl_module, self.scale_lr):
+                built = original()
+            check_optimizers(pl_module, built, self.scale_lr)
+            return built
+
+        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+
+    def _insert(self, pl_module: L.LightningModule) -> None:
+        model = self.quantized(pl_module)
+        if layers(model):
+            return  # the user's configure_model, or an earlier fit, has inserted
+        if self.untie:
+            untie(model)
+        inserted = insert(model, self.schemes, self.estimator)
+        log.info("%s: %d linear layers quantized", self.schemes.name, len(inserted))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for name in ("configure_optimizers", "configure_model"):
+            pl_module.__dict__.pop(name, None)
+
+    # -- training -----------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not layers(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no fake quantizer: its configure_model builds the model after "
+                "insertion. Call qat.insert(self.model, schemes) at the end of configure_model"
+            )
+
+    def stage_at(self, step: int, total: float) -> Stage:
+        """The stage of a run of `total` optimizer steps before step `step` (from 0)."""
+        if step < self.start_step:
+            return Stage.FLOAT
+        freeze = math.inf if math.isinf(total) else math.ceil(total * (1 - self.freeze_share))
+        return Stage.FROZEN if self.freeze_share and step >= freeze else Stage.TRAIN
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        wanted = self.stage_at(trainer.global_step, trainer.estimated_stepping_batches)
+        current = quantizers(pl_module)[0].current_stage
+        if wanted == current:
+            return
+        if current == Stage.FLOAT:
+            self.calibrate(trainer, pl_module)
+        if wanted == Stage.FROZEN:
+            self._settle(pl_module)
+        set_stage(pl_module, wanted)
+        log.info("step %d: quantizers %s", trainer.global_step, wanted.name.lower())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with torch.no_grad():
+            for scale in scale_parameters(pl_module):
+                scale.clamp_(min=SCALE_FLOOR[torch.float32])
+
+    @staticmethod
+    def _settle(pl_module: nn.Module) -> None:
+        """Store the scales that the last forward used: an estimator may follow the weights instead."""
+        for layer in layers(pl_module).values():
+            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.weight.detach()))
+
+    # -- calibration --------------------------------------------------------------------------------
+
+    def calibrate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, calibration: RangeCalibration | None = None
+    ) -> None:
+        """Set all scales from the weights as they are now, and from the calibration data where needed."""
+        chosen = calibration if calibration is not None else self.calibration
+        model = self.quantized(pl_module)
+        chosen(model, lambda: self._run(trainer, pl_module))
+
+    @torch.no_grad()
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loader = self.calibration_loader
+        if loader is None:
+            source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+            if source is None:
+                raise ValueError(
+                    f"calibration {self.calibration.name} needs data: give the datamodule a "
+                    "calibration_dataloader(), or QuantizationAwareTraining a calibration_loader"
+                )
+            loader = source()
+        training = pl_module.training
+        pl_module.eval()
+        try:
+            for batch in loader:
+                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                with trainer.precision_plugin.forward_context(), token_mask(mask), muted(pl_module):
+                    self.forward(pl_module, to_device(batch, pl_module))
+        finally:
+            pl_module.train(training)
+
+
+def _after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
+    """Make the method `name` of the object `owner` call `then` with its result before returning it."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        then(result)
+        return result
+
+    setattr(owner, name, wrapped)

@@ -1,0 +1,145 @@
+"""Hydra glue: the config folders, recipes/ as the config group `recipe`, and errors that name the nearest key.
+
+Hydra accepts a misspelt key in a recipe silently; `unknown_keys` compares a composed config with what the
+chosen group files and the signatures of their `_target_`s know.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel conf/ and recipes/ lie inside the package; in a checkout, beside it.
+ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+
+_HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def register_recipes(folder: Path = RECIPES) -> None:
+    """Register every recipes/<name>.yaml as `recipe=<name>`.
+
+    A Hydra search path maps a folder's own name to a group, so recipes/ on it could never answer
+    to `recipe=`; and `-m 'recipe=glob(*)'` does not look into `hydra.searchpath` at all (1.3.8).
+    """
+    for path in sorted(folder.glob("*.yaml")):
+        ConfigStore.instance().store(
+            group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_", provider=str(path)
+        )
+
+
+def choices() -> dict[str, list[str]]:
+    """What every config group offers: {"recipe": [...], "quant": [...], ...}."""
+    groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+    return {"recipe": sorted(p.stem for p in RECIPES.glob("*.yaml")), **dict(sorted(groups.items()))}
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Compose what a command line asks for, once for each value of a sweep's choices, and check it.
+
+    Args:
+        overrides: `key=value` words; commas separate the values of a sweep.
+
+    Raises:
+        ValueError: an unknown group choice or key, on the command line or in a recipe, with the nearest name.
+    """
+    known = choices()
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key in known:
+            for choice in [c for c in value.split(",") if c and c != "null" and "(" not in value]:
+                if choice not in known[key]:
+                    raise ValueError(f"no {key} is called {choice!r}{_nearest(choice, known[key], everything=True)}")
+    # A sweep's values of one key are alike but for their choice of group, so the first of each will do
+    # except for groups, whose every choice has just been looked up.
+    single = [_first_value(word) for word in overrides if not word.startswith(("hydra", "+hydra", "~hydra"))]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = compose("config", overrides=single, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, single)) from error
+    chosen = dict(config.hydra.runtime.choices)
+    with_hydra = OmegaConf.to_container(config, resolve=False)
+    with_hydra.pop("hydra")  # type: ignore[union-attr]
+    problems = list(unknown_keys(OmegaConf.create(with_hydra), chosen))  # type: ignore[arg-type]
+    if problems:
+        raise ValueError("unknown configuration keys (in a recipe, or added with +):\n  " + "\n  ".join(problems))
+
+
+def unknown_keys(config: DictConfig, chosen: dict[str, str]) -> Iterator[str]:
+    """The keys of a composed `config` that no group file and no `_target_` knows, each with its nearest name."""
+    base = OmegaConf.load(CONF / "config.yaml")
+    base.pop("defaults")
+    for group, choice in chosen.items():
+        file = CONF / group / f"{choice}.yaml"
+        if file.is_file() and group != "sweep":
+            base[group] = OmegaConf.load(file)
+    yield from _unknown(config, base, "")
+
+
+def _unknown(node: Any, base: Any, prefix: str) -> Iterator[str]:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    known = set(base) if isinstance(base, DictConfig) and not base._is_none() else set()
+    free = isinstance(base, DictConfig) and not known and bool(prefix)  # `{}` in a group file: names are the user's
+    target = node.get("_target_")
+    if target is not None:
+        parameters = inspect.signature(get_object(target)).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        known |= set(parameters) | _HYDRA_KEYS
+    elif base is None and prefix:
+        free = True
+    for key in node:
+        if key not in known and not free:
+            yield f"{prefix}{key}{_nearest(str(key), sorted(map(str, known - _HYDRA_KEYS)))}"
+        elif not OmegaConf.is_interpolation(node, key):
+            yield from _unknown(
+                node._get_node(key), base.get(key) if isinstance(base, DictConfig) else None, f"{prefix}{key}."
+            )
+
+
+def _first_value(word: str) -> str:
+    key, equals, value = word.partition("=")
+    plain = not value.startswith(("[", "{", "'", '"', "glob(", "range(", "choice("))
+    return f"{key}{equals}{value.split(',')[0]}" if plain else f"{key}{equals}{value}"
+
+
+def _nearest(word: str, names: list[str], everything: bool = False) -> str:
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return hint + (f" There are: {', '.join(names)}" if everything or not close else "")
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """Hydra's message, with the nearest known key for each override that it cannot place."""
+    lines = [str(error).splitlines()[0]]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        groups = [w for w in overrides if w.partition("=")[0] in choices()]
+        try:
+            known = list(_dotted(compose("config", overrides=groups)))
+        except (HydraException, OmegaConfBaseException):
+            return lines[0]
+    for word in overrides:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in known and key not in choices():
+            lines.append(f"{key}{_nearest(key, known) if difflib.get_close_matches(key, known, cutoff=0.5) else ''}")
+    return "; ".join(lines)
+
+
+def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _dotted(child, f"{prefix}{key}.")

@@ -1,0 +1,120 @@
+"""Conversations for fine-tuning an assistant: one window each, loss on the assistant's tokens only."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qat.data import windows
+from qat.data.documents import Document, Split
+from qat.data.language import LanguageData, _first
+from qat.data.windows import IGNORE, Windows
+
+
+class ChatData(LanguageData):
+    """Conversations through the model's chat template.
+
+    Args:
+        path: a JSONL file; a line is {"messages": [{"role": ..., "content": ...}, ...]} or
+            {"prompt": ..., "response": ...}.
+        name, seq_len, batch_size, seed, calibration_windows: as `LanguageData`; longer conversations are
+            cut at `seq_len` tokens.
+
+    Raises:
+        ValueError: the file is missing, a line is not a conversation (named by number), the tokenizer has
+            no chat template, or a split has no assistant token.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str = "chat",
+        seq_len: int = 512,
+        batch_size: int = 8,
+        seed: int = 0,
+        calibration_windows: int = 128,
+    ):
+        super().__init__(
+            lambda: conversations(Path(path)),
+            name=name,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            calibration_windows=calibration_windows,
+        )
+
+    def _windows(self, split: Split, documents: list[Document]) -> Windows:
+        rows, origin = [], []
+        for index, document in enumerate(documents):
+            ids, labels = self.encode(json.loads(document.text))
+            rows.append((ids[: self.seq_len], labels[: self.seq_len]))
+            origin.append(index)
+        cut = windows.from_pairs(rows, origin, self.seq_len, self._pad_id)
+        return _first(cut, self.calibration_windows) if split == "calibration" else cut
+
+    def encode(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids and shifted labels of a conversation; a label is -100 unless the assistant says that token.
+
+        The assistant's part is what the template adds between the generation prompt and the end of the
+        message, so it works with every template whose text only ever grows.
+        """
+        ids = self._template(messages, False)
+        spoken = [False] * len(ids)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end = self._template(messages[:turn], True), self._template(messages[: turn + 1], False)
+            if ids[: len(start)] != start or ids[: len(end)] != end:
+                raise ValueError(
+                    f"data {self.name}: the chat template rewrites earlier turns when a later one is added, so the "
+                    f"assistant's tokens of turn {turn} cannot be told apart; train on conversations of one turn"
+                )
+            spoken[len(start) : len(end)] = [True] * (len(end) - len(start))
+        labels = [i if said else IGNORE for i, said in zip(ids[1:], spoken[1:], strict=True)]
+        return ids[:-1], labels
+
+    def _template(self, messages: list[dict[str, str]], prompt: bool) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"data {self.name}: the model's tokenizer has no chat template; use data=text")
+        if not messages:
+            return []
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=prompt, return_dict=True
+            )["input_ids"]
+        )
+
+
+def conversations(path: Path) -> list[Document]:
+    """The conversations of a JSONL file; a document's text is the JSON list of its messages.
+
+    Raises:
+        ValueError: as `ChatData`.
+    """
+    if not path.is_file():
+        raise ValueError(f"data.path={path}: no such file")
+    documents = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            messages = _messages(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a conversation: {error}") from error
+        content = json.dumps(messages, ensure_ascii=False)
+        documents[hashlib.sha256(content.encode()).hexdigest()] = content
+    if not documents:
+        raise ValueError(f"{path} holds no conversation")
+    return [Document(name, content) for name, content in documents.items()]
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" not in row:
+        if not {"prompt", "response"} <= row.keys():
+            raise ValueError(f"it has the keys {sorted(row)}, not 'messages', nor 'prompt' and 'response'")
+        turns = [("user", row["prompt"]), ("assistant", row["response"])]
+    else:
+        turns = [(m["role"], m["content"]) for m in row["messages"]]
+    if not turns or not all(isinstance(content, str) for _, content in turns):
+        raise ValueError("every message needs a role and a text")
+    return [{"role": role, "content": content} for role, content in turns]

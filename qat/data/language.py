@@ -1,0 +1,149 @@
+"""LightningDataModules for language models: plain text and chat, over the same four splits."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+
+from qat.data import windows
+from qat.data.documents import SPLITS, Document, Split, digest
+from qat.data.windows import ResumableSampler, Windows
+
+
+class LanguageData(L.LightningDataModule):
+    """Text documents as windows of tokens.
+
+    Training windows are cut from the concatenated documents of the training split.  Held-out windows
+    never cross documents and know which document they are from, so that intervals can resample them.
+
+    Args:
+        source: returns the documents, or a ready list of them.
+        name: how the summary calls this data.
+        seq_len: tokens a window.
+        batch_size: windows a training batch; held-out batches are as large.
+        seed: of the order of the training windows.
+        windows_per_document: held-out windows taken from each document at most, so that a few long
+            documents do not decide the loss.
+        calibration_windows: windows of the calibration split, at most.
+        extra: returns more documents for training only; `extra_share` is their share of the windows.
+
+    Raises:
+        ValueError: from `setup`, when a split has no usable token (with what to do about it).
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], list[Document]] | list[Document],
+        name: str,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        seed: int = 0,
+        windows_per_document: int = 4,
+        calibration_windows: int = 128,
+        extra: Callable[[], list[Document]] | None = None,
+        extra_share: float = 0.0,
+    ):
+        super().__init__()
+        self.source, self.name, self.seq_len, self.batch_size, self.seed = source, name, seq_len, batch_size, seed
+        self.windows_per_document, self.calibration_windows = windows_per_document, calibration_windows
+        self.extra, self.extra_share = extra, extra_share
+        self.tokenizer: Any = None
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """All documents of the source (not the extra ones), read once."""
+        return self.source() if callable(self.source) else list(self.source)
+
+    @cached_property
+    def corpus_digest(self) -> str:
+        """Identifies the documents: equal digests mean equal texts in equal splits."""
+        return digest(self.documents)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the exact sequence of training batches: corpus, tokenizer, lengths and order."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        parts = [self.corpus_digest, self.seq_len, self.batch_size, self.seed, self.extra_share, vocabulary]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenize and cut; called by Lightning, and harmless to call twice."""
+        if self.tokenizer is None:
+            raise ValueError(f"data {self.name} has no tokenizer: set `data.tokenizer` before use")
+        for split in SPLITS:
+            self.split(split)
+
+    def split(self, split: Split) -> Windows:
+        """The windows of one split, built once."""
+        return self._splits[split]
+
+    @cached_property
+    def _splits(self) -> dict[Split, Windows]:
+        parts = {split: [d for d in self.documents if d.split == split] for split in SPLITS}
+        built = {split: self._windows(split, documents) for split, documents in parts.items()}
+        for split, cut in built.items():
+            if not (cut.labels != windows.IGNORE).any():
+                raise ValueError(
+                    f"the {split} split of data {self.name} has no usable token ({len(parts[split])} of "
+                    f"{len(self.documents)} documents, windows of {self.seq_len} tokens): "
+                    "give more documents or a smaller data.seq_len"
+                )
+        return built
+
+    def _windows(self, split: Split, documents: list[Document]) -> Windows:
+        tokens = self._tokenize(documents)
+        if split == "train":
+            return windows.from_stream(_stream(tokens), self.seq_len)
+        cut = windows.from_documents(tokens, self.seq_len, self._pad_id, self.windows_per_document)
+        return cut if split != "calibration" else _first(cut, self.calibration_windows)
+
+    @property
+    def _pad_id(self) -> int:
+        """Padding is masked everywhere, so any valid id does for tokenizers that have none."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def _tokenize(self, documents: list[Document]) -> list[list[int]]:
+        if not documents:
+            return []
+        ids = self.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start = [bos if bos is not None else eos] if (bos is not None or eos is not None) else []
+        end = [eos] if eos is not None and eos != bos else []
+        return [start + tokens + end for tokens in ids]
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless batches; the number of steps ends the training, and a resumed run goes on where it was."""
+        datasets, shares = [self.split("train")], None
+        if self.extra is not None and self.extra_share > 0:
+            stream = _stream(self._tokenize(self.extra()))
+            datasets.append(windows.from_stream(stream, self.seq_len))
+            shares = [1 - self.extra_share, self.extra_share]
+        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed if self.trainer else 0
+        sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, start)
+        return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
+
+    def _held_out(self, split: Split) -> DataLoader:
+        return DataLoader(self.split(split), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._held_out("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out("test")
+
+    def calibration_dataloader(self) -> DataLoader:
+        """What calibration may look at: its own split, never seen in training or in any figure."""
+        return self._held_out("calibration")
+
+
+def _stream(tokens: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([i for document in tokens for i in document], dtype=torch.int64)
+
+
+def _first(cut: Windows, most: int) -> Windows:
+    return Windows(cut.input_ids[:most], cut.labels[:most], cut.attention_mask[:most], cut.document[:most])

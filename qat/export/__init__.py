@@ -1,0 +1,132 @@
+"""From a trained model to a verified artifact: fold, write, verify."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.export import compressed_tensors
+from qat.export.compressed_tensors import write_float
+from qat.export.fold import Folded, Recorded, fold, record
+from qat.export.verify import VerificationError, verify
+from qat.functional import dequantize
+from qat.insert import layers
+
+__all__ = [
+    "Artifact",
+    "ExportedLayer",
+    "Folded",
+    "Recorded",
+    "VerificationError",
+    "export",
+    "fold",
+    "record",
+    "verify",
+    "write_float",
+]
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One quantized layer of an artifact.
+
+    Attributes:
+        name: dotted.
+        scheme: as summaries write it, `w4a16-g128`.
+        shape: (out, in).
+        bytes: of its codes and scales.
+        weight_error: ||W - Wq|| / ||W||, W in the dtype that training saw.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    bytes: int
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that was written and verified.
+
+    Attributes:
+        directory: where.
+        float_bytes: of the quantized layers' weights in bfloat16.
+        packed_bytes: of their codes and scales.
+        layers: in the model's order.
+    """
+
+    directory: Path
+    float_bytes: int
+    packed_bytes: int
+    layers: tuple[ExportedLayer, ...]
+
+
+def export(
+    model: nn.Module,
+    recorded: Mapping[str, Recorded],
+    directory: str | Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Fold `model`, write it as compressed-tensors, and compare the written file with what training used.
+
+    Args:
+        model: a transformers model with trained quantizers.
+        recorded: what `record(model)` noted around a forward in training's dtype.
+        directory: must not exist; appears only when it passed verification.
+        tokenizer: saved beside the model.
+        dtype: of the tensors that stay in float; the model's by default.
+        provenance: plain values for `qat.json`.
+
+    Raises:
+        VerificationError: the written file is not what was trained; names the layers.
+        ValueError: a layer was not recorded, is not finite, or has no place in the format; or `directory` exists.
+        OSError: the disk is full.
+    """
+    quantized = layers(model)
+    if not quantized:
+        raise ValueError("the model has no quantized layer; write_float writes float models")
+    if missing := [name for name in quantized if name not in recorded]:
+        raise ValueError(
+            f"{len(missing)} quantized layers were not recorded ({', '.join(missing[:3])}): run a forward through "
+            "all layers with the quantizers active, inside qat.export.record(model)"
+        )
+    folded = {name: fold(layer, recorded[name].weight_dtype, name) for name, layer in quantized.items()}
+    compressed_tensors.write(
+        model,
+        folded,
+        directory,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        provenance=provenance,
+        check=lambda written: verify(written, recorded),
+    )
+    described = tuple(
+        _describe(name, folded[name], layer.weight.detach().to(recorded[name].weight_dtype))
+        for name, layer in quantized.items()
+    )
+    return Artifact(
+        directory=Path(directory),
+        float_bytes=sum(2 * layer.shape[0] * layer.shape[1] for layer in described),
+        packed_bytes=sum(layer.bytes for layer in described),
+        layers=described,
+    )
+
+
+def _describe(name: str, folded: Folded, weight: torch.Tensor) -> ExportedLayer:
+    stored = compressed_tensors.layer_tensors(folded)
+    counted = [tensor for key, tensor in stored.items() if key != "weight_shape"]
+    weight = weight.cpu().float()
+    error = (weight - dequantize(folded.codes, folded.scale)).norm() / weight.norm().clamp(min=1e-30)
+    return ExportedLayer(
+        name=name,
+        scheme=str(folded.scheme),
+        shape=(folded.codes.shape[0], folded.codes.shape[1]),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in counted),
+        weight_error=float(error),
+    )

@@ -1,0 +1,205 @@
+"""The canonical artifact: a Hugging Face directory in the compressed-tensors format.
+
+    config.json         with `quantization_config`, which transformers and vLLM read
+    model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
+                        int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
+                        static activations:    <m>.input_scale (1,)
+    qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
+
+Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.export.directory import atomic_directory, write_weights
+from qat.export.fold import Folded
+from qat.functional import scale_dtype
+from qat.insert import layers
+from qat.packing import pack
+from qat.scheme import QuantScheme, QuantSpec
+
+
+def write(
+    model: nn.Module,
+    folded: Mapping[str, Folded],
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> None:
+    """Write `model` with the layers in `folded` quantized.
+
+    Args:
+        model: a transformers model; its linear layers that are not in `folded` stay in float.
+        folded: by dotted name.
+        directory: must not exist; appears only when everything is written and checked.
+        tokenizer: saved beside the model.
+        dtype: of the tensors that stay in float; the model's by default.
+        provenance: plain values for `qat.json`.
+        check: called with the written directory before it takes its name; what it raises stops the export.
+
+    Raises:
+        ValueError: `directory` exists, or a scheme has no place in this format.
+        OSError: the disk is full.
+    """
+    dtype = dtype or _dtype(model)
+    problems = [f"{name}: {why}" for name, f in folded.items() if (why := refusal(f.scheme, dtype)) is not None]
+    if problems:
+        raise ValueError("compressed-tensors cannot hold this model:\n  " + "\n  ".join(problems))
+    tensors = _float_tensors(model, folded, dtype)
+    for name, layer in folded.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in layer_tensors(layer).items()}
+    described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
+    with atomic_directory(directory, needed) as partial:
+        _write_config(partial, model, folded, dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_weights(partial, tensors, described, dict(provenance or {}))
+        if check is not None:
+            check(partial)
+
+
+def write_float(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model without quantizers, as atomically as a quantized one.
+
+    Args:
+        model: a transformers model.
+        directory: must not exist.
+        tokenizer: saved beside the model.
+        dtype: of its tensors; the model's by default.
+        provenance: plain values for `qat.json`.
+
+    Raises:
+        ValueError: the model has quantized layers, or `directory` exists.
+        OSError: the disk is full.
+    """
+    if quantized := list(layers(model)):
+        raise ValueError(f"{len(quantized)} layers are quantized ({quantized[0]}, ...): export them, or remove first")
+    write(model, {}, directory, tokenizer=tokenizer, dtype=dtype, provenance=provenance)
+
+
+def refusal(scheme: QuantScheme, dtype: torch.dtype) -> str | None:
+    """Why `scheme` cannot be stored in a model of `dtype` so that every reader agrees; None if it can."""
+    weight, inputs = scheme.weight, scheme.input
+    if weight.bits not in (4, 8):
+        return f"{weight.bits}-bit weights: releases of compressed-tensors disagree about their layout; use 4 or 8 bits"
+    if inputs is not None and inputs.bits != 8:
+        return f"{inputs.bits}-bit activations: servers run 8; use 8 bits or leave the input in float"
+    specs = [weight] if inputs is None or inputs.dynamic else [weight, inputs]
+    for spec in specs:
+        # Readers cast scales to the model's dtype, so that must hold every value of the scale's.
+        if torch.promote_types(scale_dtype(spec), dtype) != dtype:
+            return (
+                f"{spec.scale_dtype} scales in a {str(dtype).removeprefix('torch.')} model: readers cast scales to "
+                "the model's dtype, which cannot hold them; export with another dtype or train with another scale_dtype"
+            )
+    return None
+
+
+def format_of(scheme: QuantScheme) -> str:
+    """`int-quantized` for 8-bit weights with quantized activations, else `pack-quantized`."""
+    return "int-quantized" if scheme.weight.bits == 8 and scheme.input is not None else "pack-quantized"
+
+
+def layer_tensors(layer: Folded) -> dict[str, Tensor]:
+    """The stored tensors of one layer, by their name within it (its bias is stored with the float tensors)."""
+    if format_of(layer.scheme) == "int-quantized":
+        tensors = {"weight": layer.codes}
+    else:
+        shape = torch.tensor(layer.codes.shape, dtype=torch.int64)
+        tensors = {"weight_packed": pack(layer.codes, layer.scheme.weight.bits), "weight_shape": shape}
+    tensors["weight_scale"] = layer.scale
+    if layer.input_scale is not None:
+        tensors["input_scale"] = layer.input_scale
+    return tensors
+
+
+def quantization_config(model: nn.Module, folded: Mapping[str, Folded]) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    by_scheme: dict[QuantScheme, list[str]] = {}
+    for name, layer in folded.items():
+        by_scheme.setdefault(layer.scheme, []).append(name)
+    formats = {format_of(scheme) for scheme in by_scheme}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in folded],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{i}": _group(scheme, ["Linear"] if len(by_scheme) == 1 else names)
+            for i, (scheme, names) in enumerate(by_scheme.items())
+        },
+    }
+
+
+def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+    strategy = "group" if scheme.weight.group_size else "channel"
+    return {
+        "targets": targets,
+        # Always named: without it readers infer int-quantized wherever activations are quantized.
+        "format": format_of(scheme),
+        "weights": _arguments(scheme.weight, strategy),
+        "input_activations": None if scheme.input is None else _arguments(scheme.input, scheme.input.granularity),
+        "output_activations": None,
+    }
+
+
+def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": True,
+        "group_size": spec.group_size,
+        "strategy": strategy,
+        "dynamic": spec.dynamic,
+    }
+
+
+def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that is not quantized, a tied tensor once, by the first of its names."""
+    left_out = {f"{name}.weight" for name in folded}
+    quantizers = tuple(f"{name}.{q}." for name in layers(model) for q in ("weight_quantizer", "input_quantizer"))
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in left_out or name.startswith(quantizers) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        stored = dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", stored).contiguous()
+    return tensors
+
+
+def _write_config(directory: Path, model: Any, folded: Mapping[str, Folded], dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.save_pretrained(directory)
+    if folded:
+        path = directory / "config.json"
+        values = json.loads(path.read_text()) | {"quantization_config": quantization_config(model, folded)}
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's parameters; scales of quantizers are float32 in every model and do not count."""
+    return next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and "_quantizer." not in n)

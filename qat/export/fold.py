@@ -1,0 +1,121 @@
+"""Fold: from a trained layer to the integers it was trained with, and the record that proves it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.fake_quantizer import FakeQuantizer
+from qat.functional import quantize, scale_dtype, store_scale
+from qat.insert import layers
+from qat.nn import FakeQuantLinear
+from qat.scheme import QuantScheme
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What the last active forward of one layer quantized its weight to; on the CPU.
+
+    Attributes:
+        codes: (out, in), int8.
+        scale: (out, groups), float32.
+        weight_dtype: of the weight that this forward saw.
+        input_scale: (1,), float32, of static activations; else None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    weight_dtype: torch.dtype
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """One layer as the artifact stores it; on the CPU.
+
+    Attributes:
+        scheme: how it is quantized.
+        codes: (out, in), int8.
+        scale: (out, groups), the scheme's scale dtype.
+        input_scale: (1,), the input's scale dtype, for static activations; else None.
+        bias: (out,), the layer's dtype, or None.
+    """
+
+    scheme: QuantScheme
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[dict[str, Recorded]]:
+    """Within, every forward of a quantized layer notes what it used; the last one counts.
+
+    Yields:
+        Records by the layer's dotted name, filled as layers run.
+    """
+    recorded: dict[str, Recorded] = {}
+    before = {name: layer.weight_quantizer.recorder for name, layer in layers(model).items()}
+    for name, layer in layers(model).items():
+        layer.weight_quantizer.recorder = _recorder(recorded, name, layer.input_quantizer)
+    try:
+        yield recorded
+    finally:
+        for name, layer in layers(model).items():
+            layer.weight_quantizer.recorder = before[name]
+
+
+def _recorder(
+    recorded: dict[str, Recorded], name: str, inputs: FakeQuantizer | None
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def note(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
+        recorded[name] = Recorded(
+            codes=codes.detach().to("cpu", torch.int8, copy=True),
+            scale=_per_row(scale.detach(), weight).to("cpu", torch.float32, copy=True),
+            weight_dtype=weight.dtype,
+            input_scale=_input_scale(inputs),
+        )
+
+    return note
+
+
+@torch.no_grad()
+def fold(layer: FakeQuantLinear, weight_dtype: torch.dtype, name: str = "the layer") -> Folded:
+    """The codes and scales of `layer`, by the same functions that its training forward calls.
+
+    Args:
+        layer: trained, with calibrated scales.
+        weight_dtype: what the weight is rounded to first: the dtype that the training forward saw.
+        name: the layer's dotted name, for messages.
+
+    Raises:
+        ValueError: a weight or a scale is NaN or infinite.
+    """
+    weight, quantizer = layer.weight.detach().to(weight_dtype), layer.weight_quantizer
+    scale, input_scale = quantizer.weight_scale(weight), _input_scale(layer.input_quantizer)
+    for what, tensor in (("weight", weight), ("scale", scale), ("input scale", input_scale)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            hint = "" if what == "weight" else f" once rounded to {quantizer.spec.scale_dtype}"
+            raise ValueError(f"{name}: a {what} is NaN or infinite{hint}; such a layer cannot be exported")
+    return Folded(
+        scheme=layer.scheme,
+        codes=quantize(weight, scale, quantizer.spec).to("cpu", torch.int8),
+        scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
+        input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.input_quantizer.spec)),
+        bias=None if layer.bias is None else layer.bias.detach().cpu(),
+    )
+
+
+def _per_row(scale: Tensor, weight: Tensor) -> Tensor:
+    """A tensor's only scale (1, 1) repeated to (out, 1), so that artifacts know channels and groups only."""
+    return scale.expand(weight.shape[0], -1).contiguous()
+
+
+def _input_scale(quantizer: FakeQuantizer | None) -> Tensor | None:
+    """The static scale (1,) that a forward uses now, float32, on the CPU."""
+    if quantizer is None or quantizer.scale is None:
+        return None
+    return store_scale(quantizer.scale.detach(), quantizer.spec).to("cpu", copy=True)

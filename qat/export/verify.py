@@ -1,0 +1,179 @@
+"""Read an artifact back with a decoder of its own, and compare it with what training used.
+
+Numpy, json and struct only: no code is shared with what wrote the file, so a mistake there cannot hide here.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from qat.export.fold import Recorded
+
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4", "I64": "<i8"}
+
+
+class VerificationError(ValueError):
+    """An artifact differs from what training used."""
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The comparison of one layer.
+
+    Attributes:
+        name: dotted.
+        shape: (out, in).
+        codes_differing: of out * in.
+        scales_differing: of out * groups, and a static input's.
+        problem: what prevented a comparison, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codes_differing: int = 0
+    scales_differing: int = 0
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was compared and equal."""
+        return self.problem is None and not self.codes_differing and not self.scales_differing
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.name}: {self.problem}"
+        return f"{self.name}: {self.codes_differing} codes and {self.scales_differing} scales differ"
+
+
+def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[LayerCheck]:
+    """Compare codes and scales in a compressed-tensors directory with those that training used, bit for bit.
+
+    Args:
+        directory: with `config.json` and `model.safetensors`; only read.
+        recorded: of every quantized layer, as `qat.export.record` notes it.
+
+    Returns:
+        One result a layer, all passed.
+
+    Raises:
+        VerificationError: a layer differs, is missing, or is quantized without a record; or the file is damaged.
+    """
+    directory = Path(directory)
+    settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    if settings is None:
+        raise VerificationError(f"{directory / 'config.json'} has no quantization_config")
+    tensors = read_safetensors(directory / "model.safetensors")
+    checks = [_check(name, tensors, settings, used) for name, used in recorded.items()]
+    stored = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    for name in sorted(stored - set(recorded)):
+        checks.append(LayerCheck(name, (), problem="quantized in the file, but training recorded nothing"))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        more = f"\n  ... and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise VerificationError(
+            f"{directory}: {len(failed)} of {len(checks)} layers are not what was trained:\n  "
+            + "\n  ".join(map(str, failed[:5]))
+            + more
+        )
+    return checks
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file; bfloat16 as float32.
+
+    Raises:
+        VerificationError: the file is shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if 8 + length > size:
+            raise VerificationError(f"{path}: truncated inside its header ({size} bytes)")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if expected != size:
+        raise VerificationError(f"{path}: {size} bytes, but its header promises {expected}")
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if header else np.zeros(0, np.uint8)
+    return {name: _tensor(data, entry) for name, entry in header.items()}
+
+
+def decode(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (out, in) int8 and scales (out, groups) float32 of the layer called `name`.
+
+    Raises:
+        VerificationError: tensors are missing, or contradict `settings`, the file's quantization_config.
+    """
+    weights = _group_of(name, settings)["weights"]
+    if f"{name}.weight_packed" in tensors:
+        packed, (rows, columns) = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
+        codes = _unpack(packed, weights["num_bits"], int(columns))
+        if codes.shape != (rows, columns):
+            raise VerificationError(f"{packed.shape[0]} rows are stored of {rows}")
+    elif f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype == np.int8:
+        codes = tensors[f"{name}.weight"]
+    else:
+        raise VerificationError("has neither weight_packed nor an int8 weight in the file")
+    scale = tensors[f"{name}.weight_scale"].astype(np.float32)
+    groups = 1 if weights["strategy"] == "channel" else codes.shape[1] // weights["group_size"]
+    if scale.shape != (codes.shape[0], groups):
+        raise VerificationError(f"scales have shape {scale.shape}, its config says {(codes.shape[0], groups)}")
+    return codes, scale
+
+
+def _check(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], used: "Recorded") -> LayerCheck:
+    shape = tuple(used.codes.shape)
+    try:
+        codes, scale = decode(name, tensors, settings)
+    except (VerificationError, KeyError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        return LayerCheck(name, shape, problem=what)
+    if codes.shape != shape or scale.shape != tuple(used.scale.shape):
+        return LayerCheck(name, shape, problem=f"stored as {codes.shape} with scales {scale.shape}")
+    inputs = tensors.get(f"{name}.input_scale")
+    if (inputs is None) != (used.input_scale is None):
+        return LayerCheck(
+            name, shape, problem=f"a static input scale is {'missing' if inputs is None else 'unexpected'}"
+        )
+    differing = _differing(scale, used.scale)
+    if inputs is not None:
+        differing += _differing(inputs.astype(np.float32), used.input_scale)
+    return LayerCheck(name, shape, int((codes != used.codes.numpy()).sum()), differing)
+
+
+def _differing(stored: np.ndarray, used: Any) -> int:
+    """How many float32 scales differ in their bits: NaN equals itself, and the sign of a zero counts."""
+    return int((np.ascontiguousarray(stored).view(np.uint32) != used.numpy().view(np.uint32)).sum())
+
+
+def _group_of(name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    if name in settings["ignore"]:
+        raise VerificationError("is on the config's ignore list")
+    for group in settings["config_groups"].values():
+        if name in group["targets"] or "Linear" in group["targets"]:
+            return group
+    raise VerificationError("is in no group of the config")
+
+
+def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    values = np.frombuffer(data[begin:end].tobytes(), _NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def _unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Little-endian words are bytes in order; a byte holds one 8-bit code, or two 4-bit codes, the even one low."""
+    stored = np.ascontiguousarray(packed).view(np.uint8)
+    if bits == 4:
+        stored = np.stack([stored & 15, stored >> 4], -1).reshape(len(stored), -1)
+    elif bits != 8:
+        raise VerificationError(f"{bits}-bit codes are not decoded here")
+    return (stored[:, :columns].astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)

@@ -1,0 +1,149 @@
+"""A fake quantizer owns one tensor's scale and the stage it is in: float, observe, train, frozen."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.estimators import Estimator, FakeQuantize
+from qat.functional import dynamic_scale, store_scale
+from qat.observers import MinMax
+from qat.scheme import QuantSpec
+
+# Which tokens of the current batch are real, (batch, tokens) bool: padding must not move a range.
+_token_mask: ContextVar[Tensor | None] = ContextVar("token_mask", default=None)
+
+
+@contextmanager
+def token_mask(mask: Tensor | None) -> Iterator[None]:
+    """Within, observers see only tokens where `mask` (batch, tokens) is true."""
+    token = _token_mask.set(None if mask is None else mask.bool())
+    try:
+        yield
+    finally:
+        _token_mask.reset(token)
+
+
+def unmasked(x: Tensor) -> Tensor:
+    """The real tokens of activations x (batch, tokens, features), as (tokens, features)."""
+    mask = _token_mask.get()
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+class Stage(IntEnum):
+    """What a quantizer does in forward; the order in which a run passes through them."""
+
+    FLOAT = 0
+    """Nothing: the layer computes exactly as before insertion."""
+    OBSERVE = 1
+    """Float, while observers watch."""
+    TRAIN = 2
+    """Fake-quantized; the scale learns if the estimator learns scales."""
+    FROZEN = 3
+    """Fake-quantized with a scale that no longer moves."""
+
+
+class FakeQuantizer(nn.Module):
+    """The scale of one tensor, float32 whatever the model's dtype, and its stage.
+
+    State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one;
+    `stage`, a uint8 buffer, so that a checkpoint carries it.
+
+    Args:
+        spec: how the tensor is quantized.
+        scale_shape: of the scale; ignored where `spec.dynamic`.
+        estimator: the gradient.
+        device: of the scale.
+    """
+
+    scale: Tensor | None
+    stage: Tensor
+
+    def __init__(
+        self, spec: QuantSpec, scale_shape: tuple[int, ...], estimator: Estimator, device: torch.device | None = None
+    ):
+        super().__init__()
+        self.spec, self.estimator = spec, estimator
+        self.observer: MinMax | None = None
+        self.recorder: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
+        self.register_parameter("scale", scale)
+        self.register_buffer("stage", torch.zeros((), dtype=torch.uint8, device=device))
+        self.set_stage(Stage.FLOAT)
+
+    def set_stage(self, stage: Stage) -> None:
+        """Enter `stage`."""
+        if self.stage.device.type != "meta":
+            self.stage.fill_(int(stage))
+        self._current = stage  # a copy for forward, which must not wait for a device to read a buffer
+        if self.scale is not None:
+            self.scale.requires_grad_(self.estimator.learns_scale and stage != Stage.FROZEN)
+
+    @property
+    def current_stage(self) -> Stage:
+        """The stage, without reading the buffer."""
+        return self._current
+
+    @property
+    def active(self) -> bool:
+        """Whether forward quantizes."""
+        return self._current >= Stage.TRAIN
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Overwrite the scale.
+
+        Args:
+            scale: the quantizer's scale shape, floating.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"a scale is NaN or beyond the range of {self.spec.scale_dtype}")
+        assert self.scale is not None and self.scale.shape == scale.shape, (self.scale, scale.shape)
+        self.scale.copy_(scale)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored."""
+        assert self.scale is not None
+        scale = self.estimator.scale(weight, self.scale.detach(), self.spec)
+        if self._current == Stage.FROZEN:
+            scale = store_scale(self.scale.detach(), self.spec)
+        return scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
+        if self._current == Stage.OBSERVE and self.observer is not None:
+            self.observer.observe(unmasked(x).reshape(1, -1))
+        if not self.active:
+            return x
+        if self.scale is None:
+            scale = dynamic_scale(x, self.spec)
+            return FakeQuantize.apply(x, scale, scale, self.spec, self.estimator)
+        # One scale for the tensor; the last dimension is its only group.
+        stored = self.scale.expand(*x.shape[:-1], 1)
+        scale = store_scale(stored.detach(), self.spec)
+        return FakeQuantize.apply(x, stored, scale, self.spec, self.estimator)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FakeQuantizer":
+        """Follow the model to another device, never to another dtype: bf16 scales lose small updates."""
+        before = self.scale.detach() if self.scale is not None else None
+        super()._apply(fn, recurse)
+        if before is not None and self.scale is not None and self.scale.dtype != torch.float32:
+            self.scale.data = before.to(self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "stage" in state_dict and self.stage.device.type != "meta":
+            self.set_stage(Stage(int(self.stage)))
+
+    def extra_repr(self) -> str:
+        return f"int{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"

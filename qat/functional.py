@@ -1,0 +1,110 @@
+"""The arithmetic of quantization: the only place that rounds or clamps.
+
+Everything is computed in float32 from upcast inputs, by division (not by a reciprocal), rounding half to
+even.  A scale always has one dimension less than the tensor's grouped view: `x` (..., in) with `scale`
+(..., groups) means that x[..., g * n : (g + 1) * n] shares scale[..., g], n = in // groups.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.scheme import QuantSpec
+
+# Below these a scale's products leave the normal range of its dtype, where devices disagree about
+# flushing to zero.  Weights that small are zero for every purpose.
+SCALE_FLOOR = {torch.bfloat16: 2.0**-64, torch.float32: 2.0**-64, torch.float16: 2.0**-14}
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """The torch dtype in which an artifact stores the scales of `spec`."""
+    return getattr(torch, spec.scale_dtype)
+
+
+def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Round scales to the dtype the artifact stores them in, and keep them positive.
+
+    Args:
+        scale: any shape, floating.
+
+    Returns:
+        Same shape, float32 values that `spec.scale_dtype` represents exactly.
+    """
+    dtype = scale_dtype(spec)
+    if dtype == torch.float32 and scale.dtype == torch.float32:
+        return scale.clamp(min=SCALE_FLOOR[dtype])
+    return scale.float().clamp(min=SCALE_FLOOR[dtype]).to(dtype).float()
+
+
+def absmax_scale(absmax: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale that covers `absmax` by the spec's rule, as the artifact stores it.
+
+    Args:
+        absmax: any shape, floating, not negative.
+
+    Returns:
+        Same shape, float32.
+    """
+    return store_scale(absmax.float() / spec.absmax_divisor, spec)
+
+
+def grouped(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (..., groups, n) of x and (..., groups, 1) of scale that broadcast against each other."""
+    return x.unflatten(-1, (scale.shape[-1], -1)), scale.unsqueeze(-1)
+
+
+def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of x: clamp(round(x / scale), qmin, qmax).
+
+    Args:
+        x: (..., in), floating.
+        scale: (..., groups), float32, positive, as `store_scale` returns it.
+
+    Returns:
+        (..., in), float32 holding integers in [qmin, qmax].
+    """
+    view, divisor = grouped(x.float(), scale)
+    return round_clamp(view / divisor, spec).flatten(-2)
+
+
+def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes of x / scale, float32; overwrites `ratio`, any shape."""
+    return ratio.round_().clamp_(spec.qmin, spec.qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes * scale, in float32; exact for every supported width and 16-bit scale.
+
+    Args:
+        codes: (..., in), integers in any dtype.
+        scale: (..., groups), any floating dtype.
+
+    Returns:
+        (..., in), float32.
+    """
+    view, factor = grouped(codes.float(), scale.float())
+    return (view * factor).flatten(-2)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """dequantize(quantize(x)) in x's dtype: what training computes with.
+
+    Args:
+        x: (..., in), floating.
+        scale: (..., groups), float32.
+
+    Returns:
+        (..., in), x's dtype.
+    """
+    return dequantize(quantize(x, scale, spec), scale).to(x.dtype)
+
+
+def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of each token, from the token itself.
+
+    Args:
+        x: (..., in), floating.
+
+    Returns:
+        (..., 1), float32.
+    """
+    return (x.detach().abs().amax(-1, keepdim=True).float() / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])

@@ -1,0 +1,129 @@
+"""Load an exported directory for inference, its quantized weights still packed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
+
+from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
+from qat.inference.packed import PackedLinear
+from qat.inference.torch_backend import use_torch_operators
+from qat.packing import pack
+from qat.scheme import QuantScheme
+
+Backend = Literal["reference", "torch"]
+
+
+def load_packed(
+    directory: str | Path,
+    backend: Backend = "reference",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, Any]:
+    """The model in an exported directory, with its quantized layers packed, and its tokenizer.
+
+    Args:
+        directory: what `qat.export.export` or `write_float` wrote.
+        backend: `reference` computes what training computed; `torch` uses torch's integer operators for
+            CPUs where one fits a layer's scheme, and logs where.
+        dtype: of activations and float tensors; what the directory says by default.  Scales keep theirs.
+        device: where the model goes.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer (None where the directory has none).
+
+    Raises:
+        ValueError: a file is missing, damaged, changed since the export, or of a newer format; says which.
+    """
+    directory = Path(directory)
+    if backend not in ("reference", "torch"):
+        raise ValueError(f"backend must be reference or torch, got {backend!r}")
+    if backend == "torch" and torch.device(device).type != "cpu":
+        raise ValueError(f"backend torch runs on the CPU, not on {device}: use backend=reference")
+    side = _side_file(directory)
+    schemes = {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
+    model = _empty_model(directory, schemes, dtype)
+    _fill(model, directory / WEIGHTS, schemes)
+    if backend == "torch":
+        use_torch_operators(model, model.dtype)
+    return model.eval().to(device), _tokenizer(directory)
+
+
+def _side_file(directory: Path) -> dict[str, Any]:
+    """The contents of qat.json, once the weights are known to be those it was written with."""
+    for name in ("config.json", SIDE_FILE, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory / name} is missing: not a directory that qat exported, or a partial copy")
+    side = json.loads((directory / SIDE_FILE).read_text())
+    if side["format_version"] > SIDE_VERSION:
+        raise ValueError(
+            f"{directory / SIDE_FILE}: format {side['format_version']} is newer than this qat reads ({SIDE_VERSION}): "
+            f"upgrade qat to {side['qat_version']} or later"
+        )
+    path, written = directory / WEIGHTS, side["files"][WEIGHTS]
+    if path.stat().st_size != written["bytes"]:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes of {written['bytes']}: truncated; copy it again")
+    if sha256(path) != written["sha256"]:
+        raise ValueError(f"{path}: its SHA-256 is not the one in {SIDE_FILE}: changed since the export; copy it again")
+    return side
+
+
+def _empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torch.dtype | None) -> Any:
+    """The architecture with packed layers; parameters allocated but not written, buffers computed."""
+    config = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # else transformers would dequantize
+    # On the CPU and not on the meta device, because rotary frequencies and the like are computed in __init__
+    # and stored nowhere; memory that nothing writes to is never paged in.
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+    for name, scheme in schemes.items():
+        linear = model.get_submodule(name)
+        model.set_submodule(
+            name, PackedLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, model.dtype)
+        )
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Any, path: Path, schemes: Mapping[str, QuantScheme]) -> None:
+    """Copy the tensors of the file into `model`, each to its place, and account for all of both."""
+    model.tie_weights()
+    wanted = dict(model.state_dict(keep_vars=True))
+    with safe_open(path, "pt") as file:
+        stored = set(file.keys())
+        filled = set()
+        for name in stored:
+            if name.endswith(".weight_shape"):
+                continue
+            place, value = _placed(name, file.get_tensor(name), schemes)
+            if place not in wanted or wanted[place].shape != value.shape:
+                have = tuple(wanted[place].shape) if place in wanted else "no such tensor"
+                raise ValueError(f"{path}: {name} is {tuple(value.shape)}, the model has {have}: config.json differs")
+            wanted[place].copy_(value)
+            filled.add(id(wanted[place]))
+    if missing := [name for name, tensor in wanted.items() if id(tensor) not in filled]:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing ({', '.join(missing[:3])}); export again")
+
+
+def _placed(name: str, value: Tensor, schemes: Mapping[str, QuantScheme]) -> tuple[str, Tensor]:
+    """The name and value in our model of a stored tensor."""
+    layer, _, kind = name.rpartition(".")
+    if layer not in schemes:
+        return name, value
+    if kind == "weight":  # int-quantized: int8 codes
+        return f"{layer}.packed", pack(value, schemes[layer].weight.bits)
+    return f"{layer}.{ {'weight_packed': 'packed', 'weight_scale': 'scale'}.get(kind, kind) }", value
+
+
+def _tokenizer(directory: Path) -> Any:
+    has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return AutoTokenizer.from_pretrained(directory) if has_one else None

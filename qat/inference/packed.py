@@ -1,0 +1,101 @@
+"""A linear layer on packed weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.functional import scale_dtype
+from qat.kernels import packed_linear
+from qat.packing import words_of
+from qat.scheme import QuantScheme
+
+
+class PackedLinear(nn.Module):
+    """`qat::packed_linear` with its tensors: what a trained `FakeQuantLinear` becomes.
+
+    State: `packed` (out, words) int32; `scale` (out, groups), the scheme's scale dtype whatever the model's;
+    `input_scale` (1,) for static activations; `bias` (out,), the model's dtype.  The tensors are allocated,
+    not filled.
+
+    Args:
+        in_features: of an input row.
+        out_features: of an output row.
+        scheme: how the layer is quantized.
+        bias: whether it has one.
+        dtype: of the bias.
+        device: of all tensors.
+
+    Raises:
+        ValueError: the group size does not divide `in_features`.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        words, groups = words_of(in_features, scheme.weight.bits), scheme.weight.groups(in_features)
+        static = scheme.input is not None and not scheme.input.dynamic
+        self.register_buffer("packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer(
+            "scale", torch.empty(out_features, groups, dtype=scale_dtype(scheme.weight), device=device)
+        )
+        self.register_buffer(
+            "input_scale", torch.empty(1, dtype=scale_dtype(scheme.input), device=device) if static else None
+        )
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return self.scheme.weight.bits
+
+    @property
+    def input_bits(self) -> int:
+        """Of an activation; 0 leaves activations as they are."""
+        return 0 if self.scheme.input is None else self.scheme.input.bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; all of them for one scale a channel."""
+        return self.scheme.weight.group_size or self.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the input's dtype."""
+        spec = self.scheme.input
+        return packed_linear(
+            input,
+            self.packed,
+            self.scale,
+            None,
+            self.bias,
+            self.bits,
+            self.group_size,
+            self.input_bits,
+            self.input_scale,
+            "qmax" if spec is None else spec.absmax_rule,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        """Follow the model to another device, never to another dtype: a rounded scale is another model."""
+        before = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        super()._apply(fn, recurse)
+        for name, scale in before.items():
+            if scale is not None and getattr(self, name).dtype != scale.dtype:
+                setattr(self, name, scale.to(self.packed.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"

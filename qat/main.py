@@ -1,0 +1,82 @@
+"""The Hydra main: compose a config, run the stages, write the summary and the report.
+
+    float model -> control -> insert, calibrate, train -> fold, pack, verify -> measure -> report
+
+Each stage is a function below; the work is done by the callbacks they put together.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from qat.config import CONF, check_overrides, register_recipes
+
+log = logging.getLogger("qat")
+
+
+def main() -> None:
+    """`python train.py ...` and `qat train ...`: checks the command line first, then hands it to Hydra."""
+    register_recipes()
+    words = [w for w in sys.argv[1:] if not w.startswith("-")]
+    if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info"} & set(sys.argv):
+        try:
+            check_overrides(words)
+            _check_folder(words)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are caught in _job; the rest are bugs and need their trace
+    _hydra_main()
+
+
+def _check_folder(words: list[str]) -> None:
+    """Refuse a run folder that holds a run, before Hydra writes into it."""
+    given = dict(w.split("=", 1) for w in words if "=" in w)
+    folder = Path(given.get("hydra.run.dir", ""))
+    if "hydra.run.dir" in given and given.get("resume", "false").lower() != "true" and _holds_a_run(folder):
+        raise ValueError(
+            f"the run folder {folder} exists and holds a run: choose another hydra.run.dir, or go on with it by resume=true"
+        )
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("summary.json", "checkpoints", "export"))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    try:
+        run(cfg, Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir))
+    except (ValueError, hydra.errors.InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) and error.__cause__ else error
+        if os.environ.get("QAT_TRACEBACK"):
+            raise
+        sys.exit(f"error: {cause}")
+
+
+def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
+    """Run all stages of a composed config.
+
+    Args:
+        cfg: as `conf/config.yaml` composes it.
+        out: the run's folder.
+
+    Returns:
+        The summary, as it was written to out/summary.json.
+
+    Raises:
+        ValueError: bad input, before anything long starts wherever it can be known.
+    """
+    from qat.stages import Run  # torch and lightning: seconds, and not needed to refuse a config
+
+    if _holds_a_run(out) and not cfg.resume:
+        raise ValueError(f"the run folder {out} holds a run: choose another, or go on with it by resume=true")
+    return Run(cfg, out).all()
+
+
+if __name__ == "__main__":
+    main()

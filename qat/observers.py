@@ -1,0 +1,101 @@
+"""Observers watch values and answer with a scale.
+
+Each observes rows of values that will share a scale, (rows, n), any number of times, and then gives
+one scale a row.  For a weight the rows are its groups; for an activation there is one row.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.functional import absmax_scale, fake_quantize, store_scale
+from qat.scheme import QuantSpec
+
+
+class MinMax:
+    """The largest absolute value ever seen.
+
+    Args:
+        spec: of the tensor that is observed.
+    """
+
+    def __init__(self, spec: QuantSpec):
+        self.spec = spec
+        self.absmax: Tensor | None = None
+
+    def observe(self, values: Tensor) -> None:
+        """Watch `values` (rows, n), floating."""
+        seen = values.detach().abs().amax(-1).float()
+        self.absmax = seen if self.absmax is None else torch.maximum(self.absmax, seen)
+
+    def scale(self) -> Tensor:
+        """(rows,), float32.
+
+        Raises:
+            ValueError: nothing was observed, or a value was not finite.
+        """
+        if self.absmax is None:
+            raise ValueError("no value was observed: the calibration data has no usable token")
+        if not torch.isfinite(self.absmax).all():
+            raise ValueError("NaN or infinite values were observed")
+        return absmax_scale(self.absmax, self.spec)
+
+
+class EMA(MinMax):
+    """An exponential moving average of each observation's largest absolute value (arXiv 1712.05877, section 3.1).
+
+    Args:
+        spec: of the tensor that is observed.
+        momentum: weight of the past; the first observation counts whole.
+    """
+
+    def __init__(self, spec: QuantSpec, momentum: float = 0.9):
+        super().__init__(spec)
+        self.momentum = momentum
+
+    def observe(self, values: Tensor) -> None:
+        seen = values.detach().abs().amax(-1).float()
+        self.absmax = seen if self.absmax is None else self.momentum * self.absmax + (1 - self.momentum) * seen
+
+
+class MSE(MinMax):
+    """The scale with the smallest squared error, searched over shrunk ranges.
+
+    Minimises sum_j h_j (x_j - fq(x_j))^2 over scale = ratio * absmax scale, one ratio a row; h is the
+    importance of each column (1 where none is given; E[x_j^2] of a layer's inputs makes it the diagonal
+    approximation of the layer's output error, as in arXiv 2306.00978, section 3).
+
+    Args:
+        spec: of the tensor that is observed.
+        shrink: the smallest ratio tried.
+        steps: how many ratios are tried.
+        most: values a row kept for the search (an even sample of more).
+    """
+
+    def __init__(self, spec: QuantSpec, shrink: float = 0.4, steps: int = 61, most: int = 1 << 16):
+        super().__init__(spec)
+        self.ratios = torch.linspace(1.0, shrink, steps).tolist()
+        self.most = most
+        self.values: list[Tensor] = []
+        self.importance: Tensor | None = None
+
+    def observe(self, values: Tensor, importance: Tensor | None = None) -> None:
+        """Watch `values` (rows, n), with `importance` (rows, n) or (n,) where columns differ in weight."""
+        super().observe(values)
+        stride = -(-values.shape[-1] // self.most)
+        self.values.append(values.detach()[..., ::stride].float())
+        self.importance = importance
+
+    def scale(self) -> Tensor:
+        start = super().scale()
+        values = torch.cat(self.values, -1)
+        values = values[..., :: -(-values.shape[-1] // self.most)]
+        best, least = start, torch.full_like(start, torch.inf)
+        for ratio in self.ratios:
+            scale = store_scale(start * ratio, self.spec)
+            error = fake_quantize(values, scale[:, None], self.spec).sub_(values).square_()
+            if self.importance is not None:
+                error *= self.importance
+            error = error.sum(-1)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best

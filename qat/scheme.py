@@ -1,0 +1,204 @@
+"""What is quantized, and how: plain values, no tensors.
+
+A *spec* says how one tensor is quantized, a *scheme* how a layer is, a *map* how a model is.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+ScaleDtype = Literal["bfloat16", "float16", "float32"]
+AbsmaxRule = Literal["half_range", "qmax"]
+
+FORMAT_VERSION = 1
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one tensor is quantized: signed symmetric integers with a scale.
+
+    Attributes:
+        bits: width, 2 to 8.
+        granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
+            `group_size` consecutive inputs of one channel, or a `token` (activations).
+        group_size: for `granularity="group"` only.
+        symmetric: True; zero points are not implemented.
+        dynamic: the scale is computed from each tensor as it comes (activations), not stored.
+        scale_dtype: what the artifact stores; scales are rounded to it before codes are computed,
+            in training too.
+        absmax_rule: the scale that covers an absolute maximum a: `half_range` is
+            a / ((qmax - qmin) / 2), compressed-tensors' rule; `qmax` is a / qmax, which clips nothing
+            and is what servers' dynamic INT8 kernels use.
+        element: the element type; `int` is the only one.
+
+    Raises:
+        ValueError: the fields contradict each other.
+    """
+
+    bits: int
+    granularity: Granularity
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    scale_dtype: ScaleDtype = "bfloat16"
+    absmax_rule: AbsmaxRule = "half_range"
+    element: Literal["int"] = "int"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
+            raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
+        _check_choice("granularity", self.granularity, Granularity)
+        _check_choice("scale_dtype", self.scale_dtype, ScaleDtype)
+        _check_choice("absmax_rule", self.absmax_rule, AbsmaxRule)
+        if self.element != "int":
+            raise ValueError(f"element must be 'int', got {self.element!r}: float formats are not implemented")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"granularity={self.granularity!r} with group_size={self.group_size}: "
+                "group_size goes with granularity='group', and only with it"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, got {self.group_size}")
+        if not self.symmetric:
+            raise ValueError("symmetric=False: zero points are not implemented; use symmetric=True")
+        if (self.granularity == "token") != self.dynamic:
+            raise ValueError(
+                f"granularity={self.granularity!r} with dynamic={self.dynamic}: per-token scales are dynamic, "
+                "and only they are"
+            )
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def absmax_divisor(self) -> float:
+        """What an absolute maximum is divided by to become a scale."""
+        return (self.qmax - self.qmin) / 2 if self.absmax_rule == "half_range" else float(self.qmax)
+
+    def groups(self, in_features: int) -> int:
+        """Scales in one row of a weight (out, in).
+
+        Raises:
+            ValueError: `group_size` does not divide `in_features`.
+        """
+        if self.group_size is None:
+            return 1
+        if in_features % self.group_size:
+            fitting = [g for g in (32, 64, 128, 256) if in_features % g == 0]
+            choices = f"group_size {' or '.join(map(str, fitting))}" if fitting else "granularity=channel"
+            raise ValueError(f"group_size {self.group_size} does not divide {in_features} inputs; use {choices}")
+        return in_features // self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantScheme:
+    """How one layer is quantized.
+
+    Attributes:
+        weight: of its weight (out, in).
+        input: of its input activations, or None to leave them in the compute dtype.
+    """
+
+    weight: QuantSpec
+    input: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.granularity == "token" or self.weight.dynamic:
+            raise ValueError("weights have static scales: granularity must be tensor, channel or group")
+        if self.input is not None and self.input.granularity not in ("token", "tensor"):
+            raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
+
+    def __str__(self) -> str:
+        weight, size = self.weight, self.weight.group_size
+        where = f"g{size}" if size else weight.granularity
+        return f"w{weight.bits}a{self.input.bits if self.input else 16}-{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints and artifacts; `from_dict` reads them back."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantScheme":
+        """The scheme that `to_dict` wrote.
+
+        Raises:
+            ValueError: written by a newer version of qat.
+        """
+        version = values.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(f"scheme format {version} is newer than this qat reads ({FORMAT_VERSION}): upgrade qat")
+        read = {k: QuantSpec(**v) if v is not None else None for k, v in values.items() if k != "format_version"}
+        return cls(**read)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeMap:
+    """How a model is quantized: the first pattern that matches a module's dotted name decides.
+
+    Attributes:
+        name: what summaries call it.
+        rules: pattern to scheme, in order; None leaves a module in float.  A pattern is a glob over
+            the whole dotted name (`*.mlp.*`), or a regular expression after `re:`.
+
+    Example:
+        `SchemeMap(name="w4a16", rules={"*lm_head": None, "*": QuantScheme(weight=...)})`
+    """
+
+    name: str
+    rules: Mapping[str, QuantScheme | None] = field(default_factory=dict)
+
+    def scheme_of(self, module_name: str) -> QuantScheme | None:
+        """The scheme of the module called `module_name`, or None where it stays float."""
+        for pattern, scheme in self.rules.items():
+            if matches(pattern, module_name):
+                return scheme
+        return None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any rule quantizes anything."""
+        return any(self.rules.values())
+
+
+def uniform(
+    weight: QuantSpec | None,
+    input: QuantSpec | None = None,
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, QuantScheme | None] | None = None,
+) -> SchemeMap:
+    """One scheme for all linear layers but some; `conf/quant/` is made of this.
+
+    Args:
+        weight, input: the scheme; `weight=None` quantizes nothing.
+        ignore: patterns of layers left in float.
+        overrides: pattern to another scheme (or None), looked at after `ignore` and before the rest.
+    """
+    rules: dict[str, QuantScheme | None] = {pattern: None for pattern in ignore}
+    rules |= overrides or {}
+    if weight is None:
+        return SchemeMap(name="none", rules=rules)
+    scheme = QuantScheme(weight=weight, input=input)
+    mixed = "+mixed" if overrides else ""
+    return SchemeMap(name=f"{scheme}{mixed}", rules={**rules, "*": scheme})
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a rule's pattern covers the whole dotted `name`."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)

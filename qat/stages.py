@@ -1,0 +1,279 @@
+"""The stages of a run, in order; `Run.all` reads as the table of contents."""
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, Recovery, SafeExit
+from qat.callbacks.control import (
+    WEIGHTS,
+    Control,
+    control_folder,
+    load_control,
+    measure_control,
+    train_control,
+    weights_digest,
+)
+from qat.callbacks.history import TrainHistory
+from qat.callbacks.measure import Measure
+from qat.calibration import CALIBRATIONS
+from qat.export import write_float
+from qat.inference import load_packed
+from qat.insert import plan
+from qat.report.build import build_summary, write_summary
+from qat.report.html import write_report
+from qat.report.table import run_table
+
+log = logging.getLogger("qat")
+
+
+class Run:
+    """One run: its config, its folder, and what the stages hand on.
+
+    Args:
+        cfg: composed.
+        out: the run's folder; created.
+    """
+
+    def __init__(self, cfg: DictConfig, out: Path):
+        self.cfg, self.out = cfg, out
+        self.stages: dict[str, float] = {}
+        self.started = time.monotonic()
+        self.control: Control | None = None
+
+    def all(self) -> dict[str, Any]:
+        """Every stage; returns the summary."""
+        out = self.out
+        out.mkdir(parents=True, exist_ok=True)
+        torch.set_flush_denormal(True)
+        with self._stage("load"):
+            self.data = instantiate(self.cfg.data)
+            self.schemes = instantiate(self.cfg.quant)
+            task = self._task()
+            self._check(task)
+        if self.schemes.quantizes and self.cfg.control != "none":
+            with self._stage("control"):
+                self._train_control()
+            with self._stage("measure control"):
+                self._measure_control()
+        with self._stage("train"):
+            self._train(task)
+        if self.schemes.quantizes:
+            with self._stage("measure packed"):
+                self._measure_packed(task)
+        return self._report()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        log.info("== %s", name)
+        start = time.monotonic()
+        yield
+        self.stages[name] = round(time.monotonic() - start, 1)
+
+    # -- load ---------------------------------------------------------------------------------------
+
+    def _task(self) -> L.LightningModule:
+        """A fresh LightningModule around the float model; equal every time it is called."""
+        L.seed_everything(self.cfg.seed, verbose=False)
+        model, tokenizer = instantiate(self.cfg.model)
+        self.data.tokenizer = self.tokenizer = tokenizer
+        return instantiate(self.cfg.task, model=model, **self.cfg.optim)
+
+    def _check(self, task: L.LightningModule) -> None:
+        """Whatever can be refused is refused here, before anything long."""
+        if self.cfg.control not in ("run", "cached", "none"):
+            raise ValueError(f"control must be run, cached or none, got {self.cfg.control!r}")
+        self.data.setup()
+        if self.schemes.quantizes:
+            quantization = self._quantization()
+            if not quantization.untie:
+                plan(quantization.quantized(task), self.schemes)
+        limit = getattr(task.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+        if limit is not None and self.data.seq_len > limit:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
+        self.digest = weights_digest(task)
+
+    # -- trainers -----------------------------------------------------------------------------------
+
+    def _quantization(self) -> QuantizationAwareTraining:
+        return instantiate(self.cfg.callbacks.quantization)
+
+    def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
+        last = checkpoints / "last.ckpt"
+        every = ModelCheckpoint(
+            dirpath=checkpoints,
+            filename="last",
+            every_n_train_steps=self.cfg.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+        guards = [NaNGuard(), SafeExit(last, self._resume_command()), every]
+        return instantiate(
+            self.cfg.trainer, callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings
+        )
+
+    def _resume_command(self) -> str:
+        words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
+        return " ".join(["python train.py", *words, f"hydra.run.dir={self.out}", "resume=true"])
+
+    # -- control ------------------------------------------------------------------------------------
+
+    def _train_control(self) -> None:
+        trainer = OmegaConf.to_container(self.cfg.trainer, resolve=True)
+        shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
+        settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}  # type: ignore[union-attr]
+        self.control_at = control_folder(
+            Path(self.cfg.control_dir),
+            model=self.digest,
+            batches=self.data.digest,
+            task=OmegaConf.to_container(self.cfg.task, resolve=True),
+            optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
+            trainer=settings,
+            seed=self.cfg.seed,
+            torch=torch.__version__,
+        )
+        if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
+            log.info("control trained before: %s", self.control_at)
+            return
+        log.info("training the float control (kept in %s)", self.control_at)
+        train_control(
+            self.control_at,
+            self._task(),
+            self.data,
+            lambda checkpoints: self._trainer(checkpoints, [], logger=False, limit_val_batches=0),
+        )
+
+    def _measure_control(self) -> None:
+        task = self._task()
+        load_control(self.control_at, task)
+        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        self.control = measure_control(task, trainer, self._quantization(), list(CALIBRATIONS.values()))
+
+    # -- train, export ------------------------------------------------------------------------------
+
+    def _train(self, task: L.LightningModule) -> None:
+        last = self.out / "checkpoints" / "last.ckpt"
+        self.history = TrainHistory()
+        callbacks: list[L.Callback] = [self.history]
+        if self.schemes.quantizes:
+            ptq = {"ptq": CALIBRATIONS["absmax"], "ptq_mse": CALIBRATIONS["mse"]}
+            self.recovery = Recovery(ptq, self.control)
+            self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
+            callbacks += [self._quantization(), self.recovery, self.export]
+        logger = instantiate(self.cfg.logger)
+        self.trainer = self._trainer(self.out / "checkpoints", callbacks, logger=logger)
+        L.seed_everything(self.cfg.seed, verbose=False)
+        self.trainer.fit(task, self.data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+        if not self.schemes.quantizes:
+            self.exported_to = self._export_folder()
+            write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
+            return
+        if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
+            self.recovery.on_train_end(self.trainer, task)
+            self.export.on_train_end(self.trainer, task)
+        assert self.export.exported is not None
+        self.exported_to = self.export.exported.directory
+
+    def _export_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.cfg.export_dtype) if self.cfg.export_dtype else None
+
+    def _export_folder(self) -> Path:
+        """`export`, or the next free `export-N`: a resumed run keeps what was exported before."""
+        folders = [self.out / "export", *(self.out / f"export-{n}" for n in range(2, 100))]
+        return next(f for f in folders if not f.exists())
+
+    def _measure_packed(self, task: L.LightningModule) -> None:
+        """Losses of the artifact, run from its integers by the reference."""
+        assert self.export.exported is not None
+        trained = task.model
+        packed, _ = load_packed(self.export.exported.directory)
+        task.model = packed
+        try:
+            measured = Measure(self.trainer, task, self._quantization())("packed", ("test",))
+        finally:
+            task.model = trained
+        self.recovery.models["packed"] = measured
+
+    # -- report -------------------------------------------------------------------------------------
+
+    def _report(self) -> dict[str, Any]:
+        losses, figures, facts = {}, {}, self._facts()
+        if self.schemes.quantizes:
+            losses = {name: measured["test"] for name, measured in self.recovery.models.items()}
+            figures = self.recovery.figures("test", losses["qat"])
+            facts |= self._artifact_facts()
+        summary = build_summary(facts, losses, figures)
+        write_summary(summary, self.out / "summary.json")
+        write_report(summary, self.out / "report.html")
+        Console().print(run_table(summary))
+        log.info("summary  %s\nreport   %s", self.out / "summary.json", self.out / "report.html")
+        return summary
+
+    def _facts(self) -> dict[str, Any]:
+        choices, steps = HydraConfig.get().runtime.choices, self.trainer.global_step
+        batch = self.data.batch_size * self.trainer.accumulate_grad_batches * self.data.seq_len
+        return {
+            "recipe": choices.recipe,
+            "scheme": self.schemes.name,
+            "model": self.cfg.model.name,
+            "data": self.data.name,
+            "corpus_digest": self.data.corpus_digest,
+            "seed": self.cfg.seed,
+            "steps": steps,
+            "tokens": steps * batch,
+            "export_dir": str(self.exported_to),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "stages": self.stages,
+            "versions": versions(),
+            "train_history": self.history.rows,
+        }
+
+    def _artifact_facts(self) -> dict[str, Any]:
+        artifact = self.export.exported
+        assert artifact is not None
+        rows = [
+            {
+                "name": layer.name,
+                "scheme": layer.scheme,
+                "shape": list(layer.shape),
+                "bytes": layer.bytes,
+                "float_bytes": 2 * layer.shape[0] * layer.shape[1],
+                "error": layer.weight_error,
+            }
+            for layer in artifact.layers
+        ]
+        return {
+            "float_bytes": artifact.float_bytes,
+            "packed_bytes": artifact.packed_bytes,
+            "layers": rows,
+            "history": self.recovery.history,
+            "control_ptq_calibration": self.control.calibration if self.control else None,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose numbers could move a figure."""
+    import transformers
+
+    from qat import __version__
+
+    return {
+        "python": platform.python_version(),
+        "qat": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": L.__version__,
+    }

@@ -1,0 +1,86 @@
+"""Next-token prediction for any transformers causal language model.  Knows nothing of quantization."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.data.windows import IGNORE
+from qat.evaluation.losses import Losses
+
+
+class CausalLM(L.LightningModule):
+    """A causal language model with AdamW and a warm-up / constant / linear-decay schedule.
+
+    Args:
+        model: called with `input_ids` and `attention_mask` (batch, tokens), returns an object with `logits`.
+        lr: peak learning rate.
+        betas, weight_decay: of AdamW; decay applies to matrices only.
+        warmup: share of the steps over which the rate rises linearly from 0.
+        decay: share of the steps, at the end, over which it falls linearly to `final * lr`.
+        final: the last rate as a share of the peak.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        warmup: float = 0.05,
+        decay: float = 0.5,
+        final: float = 0.0,
+    ):
+        super().__init__()
+        self.model = model
+        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.warmup, self.decay, self.final = warmup, decay, final
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (batch, tokens, vocab)."""
+        mask = batch["attention_mask"]
+        # An all-true mask costs attention its fast path, and says nothing.
+        return self.model(
+            input_ids=batch["input_ids"], attention_mask=None if bool(mask.all()) else mask, use_cache=False
+        ).logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORE)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @torch.no_grad()
+    def losses(self, batch: dict[str, Tensor]) -> Losses:
+        """Sums of one batch, a window each: what every figure of a run is computed from."""
+        labels = batch["labels"]
+        logits = self(batch).float()
+        nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        known = labels != IGNORE
+        correct = (logits.argmax(-1) == labels) & known
+        return Losses(nll.double().sum(1), correct.double().sum(1), known.sum(1), batch["document"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Losses:
+        sums = self.losses(batch)
+        self.log("val/loss", sums.nll.sum().float() / sums.tokens.sum(), batch_size=int(sums.tokens.sum()))
+        return sums
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step` as a share of the peak."""
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        up = max(self.warmup * total, 1)
+        down = max(self.decay * total, 1)
+        left = (total - step) / down
+        return min((step + 1) / up, 1.0, self.final + (1 - self.final) * max(left, 0.0))
