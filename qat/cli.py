@@ -145,7 +145,7 @@ def _generate(args: argparse.Namespace) -> None:
     sys.stdout.write("\n")
 
 
-def _load(directory: Path, backend: str) -> tuple[Any, Any]:
+def _load(directory: Path, backend: Any) -> tuple[Any, Any]:
     """A packed model where the folder's config says that it is quantized, else a float one."""
     if not (directory / "config.json").is_file():
         what = "has no config.json" if directory.is_dir() else "is no folder"

@@ -13,6 +13,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Transformer
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -40,8 +42,9 @@ def register_recipes(folder: Path = RECIPES) -> None:
 
 def choices() -> dict[str, list[str]]:
     """What every config group offers: {"recipe": [...], "quant": [...], ...}."""
-    groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
-    return {"recipe": sorted(p.stem for p in RECIPES.glob("*.yaml")), **dict(sorted(groups.items()))}
+    folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
+    groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in folders}
+    return {"recipe": sorted(p.stem for p in RECIPES.glob("*.yaml")), **groups}
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -54,27 +57,51 @@ def check_overrides(overrides: list[str]) -> None:
         ValueError: an unknown group choice or key, on the command line or in a recipe, with the nearest name.
     """
     known = choices()
-    for word in overrides:
-        key, _, value = word.partition("=")
-        if key in known:
-            for choice in [c for c in value.split(",") if c and c != "null" and "(" not in value]:
-                if choice not in known[key]:
-                    raise ValueError(f"no {key} is called {choice!r}{_nearest(choice, known[key], everything=True)}")
-    # A sweep's values of one key are alike but for their choice of group, so the first of each will do
-    # except for groups, whose every choice has just been looked up.
-    single = [_first_value(word) for word in overrides if not word.startswith(("hydra", "+hydra", "~hydra"))]
+    jobs = list(_jobs(overrides, known))
+    for key, choice in (word.partition("=")[::2] for job in jobs for word in job):
+        if key in known and choice and choice[0] not in "[{" and choice not in known[key]:
+            raise ValueError(f"no {key} is called {choice!r}{_nearest(choice, known[key], everything=True)}")
+    for job in jobs:
+        _check_job(job)
+
+
+def _check_job(overrides: list[str]) -> None:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = compose("config", overrides=single, return_hydra_config=True)
+            config = compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, single)) from error
+        raise ValueError(_explain(error, overrides)) from error
     chosen = dict(config.hydra.runtime.choices)
     with_hydra = OmegaConf.to_container(config, resolve=False)
     with_hydra.pop("hydra")  # type: ignore[union-attr]
     problems = list(unknown_keys(OmegaConf.create(with_hydra), chosen))  # type: ignore[arg-type]
     if problems:
         raise ValueError("unknown configuration keys (in a recipe, or added with +):\n  " + "\n  ".join(problems))
+
+
+def _jobs(overrides: list[str], known: dict[str, list[str]]) -> Iterator[list[str]]:
+    """The command lines of a sweep that differ in what can be wrong: each choice of a group, one at a time."""
+    words = [_values(w, known) for w in overrides if not w.startswith(("hydra", "+hydra", "~hydra"))]
+    yield [values[0] for values in words]
+    for index, values in enumerate(words):
+        if values[0].partition("=")[0] in known:
+            for value in values[1:]:
+                yield [v[0] for v in words[:index]] + [value] + [v[0] for v in words[index + 1 :]]
+
+
+def _values(word: str, known: dict[str, list[str]]) -> list[str]:
+    """The single overrides that a sweep's word stands for: `seed=0,1`, `seed=range(2)`, `recipe=glob(*)`."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return [word]  # `compose` will say what is wrong with it
+    if not override.is_sweep_override():
+        return [word]
+    key, swept = override.get_key_element(), override.value()
+    if isinstance(swept, Glob):
+        return [f"{key}={name}" for name in swept.filter(known.get(key, []))] or [word]
+    return [f"{key}={value}" for value in override.sweep_iterator(transformer=Transformer.encode)]
 
 
 def unknown_keys(config: DictConfig, chosen: dict[str, str]) -> Iterator[str]:
@@ -107,12 +134,6 @@ def _unknown(node: Any, base: Any, prefix: str) -> Iterator[str]:
             yield from _unknown(
                 node._get_node(key), base.get(key) if isinstance(base, DictConfig) else None, f"{prefix}{key}."
             )
-
-
-def _first_value(word: str) -> str:
-    key, equals, value = word.partition("=")
-    plain = not value.startswith(("[", "{", "'", '"', "glob(", "range(", "choice("))
-    return f"{key}{equals}{value.split(',')[0]}" if plain else f"{key}{equals}{value}"
 
 
 def _nearest(word: str, names: list[str], everything: bool = False) -> str:

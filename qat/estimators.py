@@ -61,7 +61,8 @@ class STE:
     def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
         if not self.follow:
             return store_scale(stored, spec)
-        return absmax_scale(grouped(x.detach(), stored)[0].abs().amax(-1), spec)
+        absmax = grouped(x.detach(), stored)[0].abs().amax(-1)
+        return absmax_scale(absmax.amax(0, keepdim=True) if len(stored) == 1 else absmax, spec)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
@@ -98,7 +99,8 @@ class LSQ:
         slope = codes.sub_(ratio.mul_(inside)).mul_(grad_view)
         grad_scale = slope.sum(-1)
         if self.scale_gradient:
-            grad_scale /= (view.shape[-1] * spec.qmax) ** 0.5
+            shared = x.numel() // max(scale.numel(), 1)
+            grad_scale /= (shared * spec.qmax) ** 0.5
         return grad_x, grad_scale
 
 
@@ -106,13 +108,13 @@ class FakeQuantize(torch.autograd.Function):
     """fq(x) with the gradient of an estimator; for activations (a weight's is fused into its product)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, stored: Tensor, scale: Tensor, spec: QuantSpec, estimator: Estimator) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, stored: Tensor, scale: Tensor, spec: QuantSpec, estimator: Estimator) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.spec, ctx.estimator = spec, estimator
         return fake_quantize(x, scale, spec)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
         grad_x, grad_scale = ctx.estimator.backward(grad, x, scale, ctx.spec, ctx.needs_input_grad[1])
         return grad_x, grad_scale, None, None, None

@@ -30,10 +30,11 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
 
 def unmasked(x: Tensor) -> Tensor:
     """The real tokens of activations x (batch, tokens, features), as (tokens, features)."""
-    mask = _token_mask.get()
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask]
-    return x.reshape(-1, x.shape[-1])
+    mask, tokens = _token_mask.get(), x.reshape(-1, x.shape[-1])
+    # A layer may be given its tokens flattened, as experts and some output layers are.
+    if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return tokens[mask.flatten()]
+    return tokens
 
 
 class Stage(IntEnum):
@@ -121,7 +122,9 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
         if self._current == Stage.OBSERVE and self.observer is not None:
-            self.observer.observe(unmasked(x).reshape(1, -1))
+            tokens = unmasked(x)
+            if len(tokens):
+                self.observer.observe(tokens.reshape(1, -1))
         if not self.active:
             return x
         if self.scale is None:
@@ -134,10 +137,15 @@ class FakeQuantizer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FakeQuantizer":
         """Follow the model to another device, never to another dtype: bf16 scales lose small updates."""
-        before = self.scale.detach() if self.scale is not None else None
-        super()._apply(fn, recurse)
-        if before is not None and self.scale is not None and self.scale.dtype != torch.float32:
-            self.scale.data = before.to(self.scale.device)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        unborn = self.stage.device.type == "meta"
+        super()._apply(move, recurse)
+        if unborn:  # to_empty leaves whatever was in memory
+            self.set_stage(self._current)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -107,4 +107,5 @@ def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     Returns:
         (..., 1), float32.
     """
-    return (x.detach().abs().amax(-1, keepdim=True).float() / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])
+    absmax = x.detach().abs().amax(-1, keepdim=True).float()
+    return (absmax / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])

@@ -19,7 +19,7 @@ class _QuantizedProduct(torch.autograd.Function):
     """x @ fq(weight).T + bias."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stored: Tensor, bias: Tensor | None, quantizer: FakeQuantizer):  # noqa: ANN001, ANN205
+    def forward(ctx, x: Tensor, weight: Tensor, stored: Tensor, bias: Tensor | None, quantizer: FakeQuantizer):
         scale = quantizer.weight_scale(weight)
         codes = quantize(weight, scale, quantizer.spec)
         if quantizer.recorder is not None:
@@ -32,7 +32,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return F.linear(x, dequantize(codes, scale).to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         quantizer = ctx.quantizer
         spec, flat = quantizer.spec, grad.reshape(-1, grad.shape[-1])

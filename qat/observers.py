@@ -68,7 +68,7 @@ class MSE(MinMax):
         spec: of the tensor that is observed.
         shrink: the smallest ratio tried.
         steps: how many ratios are tried.
-        most: values a row kept for the search (an even sample of more).
+        most: values a row kept for the search (a random sample of more, the same columns in every row).
     """
 
     def __init__(self, spec: QuantSpec, shrink: float = 0.4, steps: int = 61, most: int = 1 << 16):
@@ -76,25 +76,34 @@ class MSE(MinMax):
         self.ratios = torch.linspace(1.0, shrink, steps).tolist()
         self.most = most
         self.values: list[Tensor] = []
-        self.importance: Tensor | None = None
+        self.importance: list[Tensor] = []
+        self.sampler = torch.Generator().manual_seed(0)
 
     def observe(self, values: Tensor, importance: Tensor | None = None) -> None:
         """Watch `values` (rows, n), with `importance` (rows, n) or (n,) where columns differ in weight."""
         super().observe(values)
-        stride = -(-values.shape[-1] // self.most)
-        self.values.append(values.detach()[..., ::stride].float())
-        self.importance = importance
+        sample = self._sample(values.shape[-1])
+        self.values.append(values.detach()[..., sample].float())
+        if importance is not None:
+            self.importance.append(importance.expand_as(values)[..., sample])
+
+    def _sample(self, count: int) -> Tensor | slice:
+        # Not every nth: with n a multiple of the features of a token, the same few features would be all it sees.
+        return slice(None) if count <= self.most else torch.randperm(count, generator=self.sampler)[: self.most]
 
     def scale(self) -> Tensor:
         start = super().scale()
         values = torch.cat(self.values, -1)
-        values = values[..., :: -(-values.shape[-1] // self.most)]
+        sample = self._sample(values.shape[-1])
+        importance = torch.cat(self.importance, -1)[..., sample] if self.importance else None
+        values = values[..., sample]
+        assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
         best, least = start, torch.full_like(start, torch.inf)
         for ratio in self.ratios:
             scale = store_scale(start * ratio, self.spec)
             error = fake_quantize(values, scale[:, None], self.spec).sub_(values).square_()
-            if self.importance is not None:
-                error *= self.importance
+            if importance is not None:
+                error *= importance
             error = error.sum(-1)
             better = error < least
             best, least = torch.where(better, scale, best), torch.where(better, error, least)

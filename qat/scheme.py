@@ -65,8 +65,8 @@ class QuantSpec:
                 f"granularity={self.granularity!r} with group_size={self.group_size}: "
                 "group_size goes with granularity='group', and only with it"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, got {self.group_size}")
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
+            raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
         if not self.symmetric:
             raise ValueError("symmetric=False: zero points are not implemented; use symmetric=True")
         if (self.granularity == "token") != self.dynamic:
@@ -188,13 +188,13 @@ def uniform(
         ignore: patterns of layers left in float.
         overrides: pattern to another scheme (or None), looked at after `ignore` and before the rest.
     """
-    rules: dict[str, QuantScheme | None] = {pattern: None for pattern in ignore}
-    rules |= overrides or {}
+    ignored = dict.fromkeys(ignore)
+    rules: dict[str, QuantScheme | None] = {**ignored, **(overrides or {}), **ignored}  # ignored stay first, and None
     if weight is None:
         return SchemeMap(name="none", rules=rules)
     scheme = QuantScheme(weight=weight, input=input)
     mixed = "+mixed" if overrides else ""
-    return SchemeMap(name=f"{scheme}{mixed}", rules={**rules, "*": scheme})
+    return SchemeMap(name=f"{scheme}{mixed}", rules=rules if "*" in rules else {**rules, "*": scheme})
 
 
 def matches(pattern: str, name: str) -> bool:

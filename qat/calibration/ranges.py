@@ -84,6 +84,8 @@ class RangeCalibration:
     def _set(self, layer: FakeQuantLinear, moment: Tensor | None) -> None:
         if self.importance and moment is None:
             raise ValueError("no value was observed: the calibration data has no usable token, or never reaches it")
+        if moment is not None and not torch.isfinite(moment).all():
+            raise ValueError("NaN or infinite values were observed in its input")
         layer.weight_quantizer.set_scale(self._weight_scale(layer, moment))
         for quantizer in layer.quantizers:
             if quantizer.observer is not None:
@@ -101,8 +103,8 @@ class RangeCalibration:
             values = rows.reshape(len(rows) * stored.shape[1], -1)
             if isinstance(observer, MSE):
                 observer.most = values.shape[1]
-                shared = None if moment is None else moment.expand(len(rows), -1).reshape(values.shape)
-                observer.observe(values, shared)
+                repeats = rows.numel() // layer.in_features
+                observer.observe(values, None if moment is None else moment.repeat(repeats).view(values.shape))
             else:
                 observer.observe(values)
             scales.append(observer.scale().view(-1, stored.shape[1]))
@@ -122,13 +124,16 @@ def _nothing() -> Iterator[None]:
 def _input_moments(model: nn.Module, moments: dict[str, Tensor]) -> Iterator[None]:
     """Within, sum the squares of each layer's real input tokens into `moments[name]` (in,), float32."""
 
-    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        tokens = unmasked(inputs[0].detach()).float()
+    def watch(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        tokens = unmasked((args[0] if args else kwargs["input"]).detach()).float()
         if len(tokens):
             square = tokens.square().sum(0)
             moments[name] = moments[name] + square if name in moments else square
 
-    hooks = [layer.register_forward_pre_hook(partial(watch, name)) for name, layer in layers(model).items()]
+    hooks = [
+        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
+        for name, layer in layers(model).items()
+    ]
     try:
         yield
     finally:

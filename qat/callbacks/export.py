@@ -10,8 +10,7 @@ import torch
 from qat.callbacks.batches import forward_batch, muted
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import to_device
-from qat.export import Export as Artifact
-from qat.export import export
+from qat.export import Artifact, export
 from qat.export.fold import record
 
 log = logging.getLogger(__name__)

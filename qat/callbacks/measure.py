@@ -32,7 +32,9 @@ class Measure:
         """The held-out loaders by split; a module without a datamodule has only `validation`."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
-            return {"validation": self.trainer.fit_loop._data_source_val()}
+            loop = self.trainer.fit_loop.epoch_loop.val_loop
+            loop.setup_data()
+            return {"validation": self.trainer.val_dataloaders}
         found = {"validation": data.val_dataloader()}
         if type(data).test_dataloader is not L.LightningDataModule.test_dataloader:
             found["test"] = data.test_dataloader()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from qat.data import windows
 from qat.data.documents import Document, Split
 from qat.data.language import LanguageData, _first
 from qat.data.windows import IGNORE, Windows
+
+log = logging.getLogger(__name__)
 
 
 class ChatData(LanguageData):
@@ -18,7 +21,7 @@ class ChatData(LanguageData):
         path: a JSONL file; a line is {"messages": [{"role": ..., "content": ...}, ...]} or
             {"prompt": ..., "response": ...}.
         name, seq_len, batch_size, seed, calibration_windows: as `LanguageData`; longer conversations are
-            cut at `seq_len` tokens.
+            cut at `seq_len` tokens, and left out if no assistant token remains.
 
     Raises:
         ValueError: the file is missing, a line is not a conversation (named by number), the tokenizer has
@@ -43,12 +46,21 @@ class ChatData(LanguageData):
             calibration_windows=calibration_windows,
         )
 
+    _remedy = "more conversations, or a larger data.seq_len if the assistant speaks late in them"
+
     def _windows(self, split: Split, documents: list[Document]) -> Windows:
         rows, origin = [], []
         for index, document in enumerate(documents):
             ids, labels = self.encode(json.loads(document.text))
-            rows.append((ids[: self.seq_len], labels[: self.seq_len]))
-            origin.append(index)
+            ids, labels = ids[: self.seq_len], labels[: self.seq_len]
+            if any(label != IGNORE for label in labels):
+                rows.append((ids, labels))
+                origin.append(index)
+        if len(rows) < len(documents):
+            log.info(
+                "data %s, %s split: %d of %d conversations left out: the assistant is silent in their first %d tokens",
+                *(self.name, split, len(documents) - len(rows), len(documents), self.seq_len),
+            )
         cut = windows.from_pairs(rows, origin, self.seq_len, self._pad_id)
         return _first(cut, self.calibration_windows) if split == "calibration" else cut
 
@@ -94,7 +106,8 @@ def conversations(path: Path) -> list[Document]:
     if not path.is_file():
         raise ValueError(f"data.path={path}: no such file")
     documents = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which also splits at characters that JSON strings may hold, such as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -108,13 +121,15 @@ def conversations(path: Path) -> list[Document]:
     return [Document(name, content) for name, content in documents.items()]
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def _messages(row: Any) -> list[dict[str, str]]:
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a JSON {type(row).__name__}, not an object")
     if "messages" not in row:
         if not {"prompt", "response"} <= row.keys():
             raise ValueError(f"it has the keys {sorted(row)}, not 'messages', nor 'prompt' and 'response'")
         turns = [("user", row["prompt"]), ("assistant", row["response"])]
     else:
         turns = [(m["role"], m["content"]) for m in row["messages"]]
-    if not turns or not all(isinstance(content, str) for _, content in turns):
+    if not turns or not all(isinstance(word, str) for turn in turns for word in turn):
         raise ValueError("every message needs a role and a text")
     return [{"role": role, "content": content} for role, content in turns]

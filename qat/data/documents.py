@@ -12,7 +12,7 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Split = Literal["train", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -111,8 +111,7 @@ def text(
     if (path is None) == (dataset is None):
         raise ValueError("data=text needs exactly one of data.source.path (local) and data.source.dataset (hub)")
     if dataset is not None:
-        rows = datasets.load_dataset(dataset, name, split="train")
-        texts = rows["text"]
+        texts = _column(datasets.load_dataset(dataset, name, split="train"), dataset)
     else:
         texts = [t for file in text_files(Path(path)) for t in _texts(file, separator)]  # type: ignore[arg-type]
     unique = {t: None for t in (t.strip() for t in texts) if t}
@@ -125,7 +124,7 @@ def text_files(path: Path, suffixes: tuple[str, ...] = (".txt", ".md", ".py", ".
     """`path` itself if it is a file, else every file under it that ends in one of `suffixes`, sorted."""
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file()) if path.is_dir() else []
     if not files:
         what = "no such file or folder" if not path.exists() else f"no file ending in {', '.join(suffixes)}"
         raise ValueError(f"data path {path}: {what}")
@@ -137,9 +136,21 @@ def _texts(file: Path, separator: str | None) -> list[str]:
 
     if file.suffix in (".json", ".jsonl", ".parquet"):
         kind = "parquet" if file.suffix == ".parquet" else "json"
-        rows = datasets.load_dataset(kind, data_files=str(file), split="train")
-        if "text" not in rows.column_names:
-            raise ValueError(f"{file} has columns {rows.column_names}, none of them 'text'")
-        return list(rows["text"])
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(file), split="train")
+        except Exception as error:  # of datasets, pyarrow or, for an empty file, StopIteration
+            raise ValueError(f"{file} is not readable as {kind}: {type(error).__name__}: {error}") from error
+        return _column(rows, str(file))
     content = file.read_text(encoding="utf-8", errors="replace")
     return content.split(separator) if separator else [content]
+
+
+def _column(rows: Any, where: str) -> list[str]:
+    """The column `text`; rows without one (null) are left out, as empty ones are."""
+    if "text" not in rows.column_names:
+        raise ValueError(f"{where} has columns {rows.column_names}, none of them 'text'")
+    texts = [t for t in rows["text"] if t is not None]
+    for value in texts:
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the column 'text' holds {type(value).__name__}, not text")
+    return texts

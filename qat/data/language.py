@@ -54,6 +54,8 @@ class LanguageData(L.LightningDataModule):
         self.extra, self.extra_share = extra, extra_share
         self.tokenizer: Any = None
 
+    _remedy = "more documents or a smaller data.seq_len"
+
     @cached_property
     def documents(self) -> list[Document]:
         """All documents of the source (not the extra ones), read once."""
@@ -67,9 +69,12 @@ class LanguageData(L.LightningDataModule):
     @property
     def digest(self) -> str:
         """Identifies the exact sequence of training batches: corpus, tokenizer, lengths and order."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        parts = [self.corpus_digest, self.seq_len, self.batch_size, self.seed, self.extra_share, vocabulary]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        parts = [self.corpus_digest, self.seq_len, self.batch_size, self.seed, self.extra_share]
+        total = hashlib.sha256(json.dumps(parts).encode())
+        for cut in self._training:  # the tokens themselves: they hold the tokenizer, its template and the extra text
+            total.update(cut.input_ids.contiguous().numpy())
+            total.update(cut.labels.contiguous().numpy())
+        return total.hexdigest()[:16]
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenize and cut; called by Lightning, and harmless to call twice."""
@@ -91,7 +96,7 @@ class LanguageData(L.LightningDataModule):
                 raise ValueError(
                     f"the {split} split of data {self.name} has no usable token ({len(parts[split])} of "
                     f"{len(self.documents)} documents, windows of {self.seq_len} tokens): "
-                    "give more documents or a smaller data.seq_len"
+                    f"give {self._remedy}"
                 )
         return built
 
@@ -118,14 +123,21 @@ class LanguageData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches; the number of steps ends the training, and a resumed run goes on where it was."""
-        datasets, shares = [self.split("train")], None
-        if self.extra is not None and self.extra_share > 0:
-            stream = _stream(self._tokenize(self.extra()))
-            datasets.append(windows.from_stream(stream, self.seq_len))
-            shares = [1 - self.extra_share, self.extra_share]
+        datasets = self._training
+        shares = [1 - self.extra_share, self.extra_share] if len(datasets) > 1 else None
         start = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed if self.trainer else 0
         sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, start)
         return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
+
+    @cached_property
+    def _training(self) -> list[Windows]:
+        """The windows of the training split and, where there are any, those of the extra documents."""
+        if self.extra is None or self.extra_share <= 0:
+            return [self.split("train")]
+        extra = windows.from_stream(_stream(self._tokenize(self.extra())), self.seq_len)
+        if not len(extra):
+            raise ValueError(f"data {self.name}: data.extra has no window of {self.seq_len} tokens")
+        return [self.split("train"), extra]
 
     def _held_out(self, split: Split) -> DataLoader:
         return DataLoader(self.split(split), batch_size=self.batch_size)

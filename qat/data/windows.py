@@ -42,7 +42,7 @@ class Windows(Dataset):
 
 def from_stream(stream: Tensor, length: int) -> Windows:
     """Cut one long stream of tokens (tokens,) into windows of `length` without overlap; a tail is dropped."""
-    count = (len(stream) - 1) // length
+    count = max(len(stream) - 1, 0) // length
     ids = stream[: count * length].view(count, length)
     labels = stream[1 : count * length + 1].view(count, length)
     return Windows(ids, labels, torch.ones_like(ids, dtype=torch.bool), torch.full((count,), -1))

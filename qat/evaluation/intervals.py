@@ -76,6 +76,8 @@ def recovered(worst: DocumentLosses, here: DocumentLosses, best: DocumentLosses)
     """
     gap = difference(worst, best)
     assert gap.value is not None and gap.low is not None and gap.high is not None
+    if len(worst.tokens) < 2:
+        return Estimate(None, reason="gap not resolvable: a single document has no interval")
     if gap.low <= 0:
         return Estimate(
             None,

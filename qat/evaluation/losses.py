@@ -126,6 +126,8 @@ def by_document(parts: list[Losses]) -> DocumentLosses:
         return torch.cat([getattr(part, name) for part in parts]).cpu().numpy() if parts else np.zeros(0, np.int64)
 
     documents = joined("document")
+    if len(documents) and documents.min() < 0:
+        raise ValueError("a window of the evaluation data spans documents: losses are resampled by document")
     size = int(documents.max()) + 1 if len(documents) else 0
     nll, correct, tokens = (np.zeros(size, kind) for kind in (np.float64, np.float64, np.int64))
     np.add.at(nll, documents, joined("nll"))

@@ -96,15 +96,22 @@ def fold(layer: FakeQuantLinear, weight_dtype: torch.dtype, name: str = "the lay
     """
     weight, quantizer = layer.weight.detach().to(weight_dtype), layer.weight_quantizer
     scale, input_scale = quantizer.weight_scale(weight), _input_scale(layer.input_quantizer)
-    for what, tensor in (("weight", weight), ("scale", scale), ("input scale", input_scale)):
+    # The scale before rounding too: -inf, which training diverged to, is stored as the smallest scale.
+    for what, tensor in (
+        ("weight", weight),
+        ("scale", quantizer.scale),
+        (f"scale rounded to {quantizer.spec.scale_dtype}", scale),
+        ("input scale", input_scale),
+    ):
         if tensor is not None and not torch.isfinite(tensor).all():
-            hint = "" if what == "weight" else f" once rounded to {quantizer.spec.scale_dtype}"
-            raise ValueError(f"{name}: a {what} is NaN or infinite{hint}; such a layer cannot be exported")
+            raise ValueError(
+                f"{name}: a {what} is NaN or infinite; training diverged, or the scale dtype is too narrow"
+            )
     return Folded(
         scheme=layer.scheme,
         codes=quantize(weight, scale, quantizer.spec).to("cpu", torch.int8),
         scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
-        input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.input_quantizer.spec)),
+        input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.scheme.input)),  # type: ignore[arg-type]
         bias=None if layer.bias is None else layer.bias.detach().cpu(),
     )
 

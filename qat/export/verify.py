@@ -77,7 +77,7 @@ def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[La
     if failed:
         more = f"\n  ... and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise VerificationError(
-            f"{directory}: {len(failed)} of {len(checks)} layers are not what was trained:\n  "
+            f"{len(failed)} of {len(checks)} layers are not what was trained:\n  "
             + "\n  ".join(map(str, failed[:5]))
             + more
         )

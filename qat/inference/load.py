@@ -1,6 +1,7 @@
 """Load an exported directory for inference, its quantized weights still packed."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.initialization import no_init_weights
 
 from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
+from qat.inference.foreign import foreign_schemes
 from qat.inference.packed import PackedLinear
 from qat.inference.torch_backend import use_torch_operators
 from qat.packing import pack
 from qat.scheme import QuantScheme
+
+log = logging.getLogger(__name__)
 
 Backend = Literal["reference", "torch"]
 
@@ -29,7 +33,8 @@ def load_packed(
     """The model in an exported directory, with its quantized layers packed, and its tokenizer.
 
     Args:
-        directory: what `qat.export.export` or `write_float` wrote.
+        directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
+            tool, with symmetric integer weights in one file.
         backend: `reference` computes what training computed; `torch` uses torch's integer operators for
             CPUs where one fits a layer's scheme, and logs where.
         dtype: of activations and float tensors; what the directory says by default.  Scales keep theirs.
@@ -46,36 +51,45 @@ def load_packed(
         raise ValueError(f"backend must be reference or torch, got {backend!r}")
     if backend == "torch" and torch.device(device).type != "cpu":
         raise ValueError(f"backend torch runs on the CPU, not on {device}: use backend=reference")
-    side = _side_file(directory)
-    schemes = {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
-    model = _empty_model(directory, schemes, dtype)
+    schemes = _schemes(directory)
+    model = empty_model(directory, schemes, dtype)
     _fill(model, directory / WEIGHTS, schemes)
     if backend == "torch":
         use_torch_operators(model, model.dtype)
     return model.eval().to(device), _tokenizer(directory)
 
 
-def _side_file(directory: Path) -> dict[str, Any]:
-    """The contents of qat.json, once the weights are known to be those it was written with."""
-    for name in ("config.json", SIDE_FILE, WEIGHTS):
+def _schemes(directory: Path) -> dict[str, QuantScheme]:
+    """The scheme of each quantized layer, once the weights are known to be those that were exported."""
+    for name in ("config.json", WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing: not a directory that qat exported, or a partial copy")
+    if not (directory / SIDE_FILE).is_file():
+        log.warning("%s has no %s: not written by qat, so that damage goes unnoticed", directory, SIDE_FILE)
+        settings = json.loads((directory / "config.json").read_text()).get("quantization_config", {"config_groups": {}})
+        return foreign_schemes(directory / WEIGHTS, settings)
     side = json.loads((directory / SIDE_FILE).read_text())
     if side["format_version"] > SIDE_VERSION:
         raise ValueError(
             f"{directory / SIDE_FILE}: format {side['format_version']} is newer than this qat reads ({SIDE_VERSION}): "
             f"upgrade qat to {side['qat_version']} or later"
         )
-    path, written = directory / WEIGHTS, side["files"][WEIGHTS]
+    _check_whole(directory / WEIGHTS, side["files"][WEIGHTS])
+    return {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
+
+
+def _check_whole(path: Path, written: Mapping[str, Any]) -> None:
     if path.stat().st_size != written["bytes"]:
         raise ValueError(f"{path}: {path.stat().st_size} bytes of {written['bytes']}: truncated; copy it again")
     if sha256(path) != written["sha256"]:
         raise ValueError(f"{path}: its SHA-256 is not the one in {SIDE_FILE}: changed since the export; copy it again")
-    return side
 
 
-def _empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torch.dtype | None) -> Any:
-    """The architecture with packed layers; parameters allocated but not written, buffers computed."""
+def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torch.dtype | None) -> Any:
+    """The architecture in a directory's config.json, with packed layers where `schemes` names them.
+
+    Parameters and packed tensors are allocated but not written; other buffers are computed.
+    """
     config = AutoConfig.from_pretrained(directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # else transformers would dequantize

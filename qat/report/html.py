@@ -105,7 +105,9 @@ def _plot(name: str, title: str, draw: Callable, height: float, summary: dict[st
     import matplotlib  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
+        # What no call colours, such as the caps of whiskers, must follow dark mode too.
+        "axes.prop_cycle": matplotlib.cycler(color=[_COLORS["ink"]]),
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.color": _COLORS["ink"],
         "axes.edgecolor": _COLORS["muted"], "axes.labelcolor": _COLORS["muted"], "axes.facecolor": "none",
         "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,

@@ -29,7 +29,7 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         (model, tokenizer), the model on the CPU.
 
     Raises:
-        ValueError: the folder is missing or unreadable, or a parameter is NaN or infinite.
+        ValueError: the folder is missing or unreadable, or a parameter is absent, NaN or infinite.
     """
     path = EMBEDDED.get(name, Path(name))
     local = path.exists()
@@ -39,10 +39,15 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if local else name)
-        model = AutoModelForCausalLM.from_pretrained(path if local else name, dtype=getattr(torch, dtype))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path if local else name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except Exception as error:
         hint = "is the folder complete?" if local else "is it a folder here, or a name on the hub you can reach?"
         raise ValueError(f"model {name} cannot be loaded ({hint}): {type(error).__name__}: {error}") from error
+    if info["missing_keys"]:  # transformers would go on with random values
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model {name}: its checkpoint lacks {len(missing)} parameters, such as {missing[0]}")
     check_finite(model)
     return model, tokenizer
 

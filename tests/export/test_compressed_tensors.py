@@ -1,16 +1,12 @@
-import errno
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qat
-from qat.export import compressed_tensors, directory, export, record, write_float
+from qat.export import compressed_tensors, export, record, write_float
 from qat.fake_quantizer import Stage
 from qat.functional import dequantize
 from qat.insert import layers, set_stage
@@ -39,8 +35,7 @@ def exported(model, target, **options):
 
 
 def stored_tensors(target) -> dict[str, torch.Tensor]:
-    with safe_open(target / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return load_file(target / "model.safetensors")
 
 
 def quantization_config(target) -> dict:
@@ -78,6 +73,18 @@ def test_transformers_serves_static_int8_activations_as_trained(scheme, tiny_lla
     _, _, logits = exported(model, tmp_path / "m")
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m")(TOKENS).logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_casts_scales_to_the_dtype_it_loads_in(dtype, scheme, tiny_llama, quantize_model, tmp_path):
+    """Why `refusal` wants scales that the model's dtype holds exactly."""
+    exported(quantize_model(tiny_llama(), scheme("w4a16-g32")), tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+    assert (
+        load_file(tmp_path / "m" / "model.safetensors")["model.layers.0.mlp.up_proj.weight_scale"].dtype
+        == torch.bfloat16
+    )
+    assert loaded.get_submodule("model.layers.0.mlp.up_proj").weight_scale.dtype == dtype
 
 
 def test_the_config_is_what_consumers_read(scheme, tiny_llama, quantize_model, tmp_path):
@@ -226,56 +233,6 @@ def test_recording_leaves_no_hook_behind(scheme, tiny_llama, quantize_model):
     with pytest.raises(KeyboardInterrupt), record(model):
         raise KeyboardInterrupt
     assert all(layer.weight_quantizer.recorder is None for layer in layers(model).values())
-
-
-def test_an_existing_directory_is_refused_and_left_alone(scheme, tiny_llama, quantize_model, tmp_path):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "precious").write_text("x")
-    with pytest.raises(ValueError, match=r"m exists already"):
-        exported(quantize_model(tiny_llama(), scheme("w4a16-g32")), tmp_path / "m")
-    assert [p.name for p in tmp_path.rglob("*")] == ["m", "precious"]
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("IoError(code: 28)")], ids=["os", "safetensors"]
-)
-def test_a_disk_that_fills_up_is_named_and_leaves_nothing(
-    error, scheme, tiny_llama, quantize_model, tmp_path, monkeypatch
-):
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(directory, "save_file", full)
-    with pytest.raises(OSError, match=rf"could not write {tmp_path}/m: about [\d,]+ bytes needed, [\d,]+ free"):
-        exported(quantize_model(tiny_llama(), scheme("w4a16-g32")), tmp_path / "m")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_too_small_is_refused_before_writing(scheme, tiny_llama, quantize_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage)
-    with pytest.raises(OSError, match="1,000 free") as failure:
-        exported(quantize_model(tiny_llama(), scheme("w4a16-g32")), tmp_path / "m")
-    assert failure.value.errno == errno.ENOSPC
-
-
-class _Usage:
-    free = 1000
-
-
-def test_a_killed_export_leaves_no_directory_of_that_name(tmp_path):
-    program = f"""
-import os, signal
-from qat.export.directory import atomic_directory
-with atomic_directory({str(tmp_path / "m")!r}, 0) as partial:
-    (partial / "model.safetensors").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-B", "-c", program]).returncode == -9
-    assert not (tmp_path / "m").exists()
-    with directory.atomic_directory(tmp_path / "m", 0) as partial:  # what was left does not prevent another try
-        (partial / "whole").touch()
-    assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
 
 
 def test_a_float_model_is_written_whole(tiny_llama, tmp_path):

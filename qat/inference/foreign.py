@@ -1,0 +1,72 @@
+"""Schemes of compressed-tensors directories that other tools wrote, from their config.json."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qat.scheme import QuantScheme, QuantSpec
+
+_SCALE_DTYPES: dict[str, Any] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def foreign_schemes(weights: Path, settings: Mapping[str, Any]) -> dict[str, QuantScheme]:
+    """The scheme of each quantized layer, by dotted name.
+
+    Dynamic activations are quantized by the rule `qmax`, as servers do; the config does not say which.
+
+    Args:
+        weights: the safetensors file.
+        settings: the `quantization_config`.
+
+    Raises:
+        ValueError: a layer is quantized in a way that packed layers cannot hold.
+    """
+    schemes = {}
+    with safe_open(weights, "pt") as file:
+        for key in sorted(file.keys()):
+            layer, _, kind = key.rpartition(".")
+            if kind in ("weight_zero_point", "weight_g_idx", "output_scale"):
+                raise ValueError(f"{weights}: {key}: only symmetric weights in their own order can be loaded")
+            if kind == "weight_scale":
+                group = _group_of(layer, settings)
+                dtype = _SCALE_DTYPES.get(file.get_slice(key).get_dtype())
+                try:
+                    schemes[layer] = _scheme(group, dtype)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{weights}: {layer} is quantized in a way that qat cannot load: {error}"
+                    ) from error
+    return schemes
+
+
+def _scheme(group: Mapping[str, Any], scale_dtype: Any) -> QuantScheme:
+    inputs = group.get("input_activations")
+    rule = {} if inputs is None else {"absmax_rule": "qmax"}
+    return QuantScheme(
+        weight=_spec(group["weights"], scale_dtype=scale_dtype),
+        input=None if inputs is None else _spec(inputs, scale_dtype=scale_dtype, **rule),
+    )
+
+
+def _spec(arguments: Mapping[str, Any], **more: Any) -> QuantSpec:
+    return QuantSpec(
+        bits=arguments["num_bits"],
+        element=arguments["type"],
+        symmetric=arguments["symmetric"],
+        granularity=arguments["strategy"],
+        group_size=arguments["group_size"],
+        dynamic=bool(arguments["dynamic"]),
+        **more,
+    )
+
+
+def _group_of(layer: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    for group in settings["config_groups"].values():
+        for target in group["targets"]:
+            # Their regular expressions match a prefix of the name.
+            if target in (layer, "Linear") or (target.startswith("re:") and re.match(target[3:], layer)):
+                return group
+    raise ValueError(f"{layer} has scales, but no group of quantization_config targets it")

@@ -1,0 +1,212 @@
+"""The callback on somebody else's module: inserted, scheduled, with its own learning rate, resumable to the bit."""
+
+import lightning as L
+import pytest
+import torch
+from digits import STEPS, Classifier, LateClassifier, digits, int4, trainer
+from torch import nn
+
+from qat.calibration import RangeCalibration
+from qat.callbacks import QuantizationAwareTraining
+from qat.estimators import LSQ, STE
+from qat.fake_quantizer import Stage
+from qat.functional import store_scale
+from qat.insert import insert, layers, quantizers
+from qat.scheme import QuantSpec, uniform
+from qat.training import parameter_groups
+
+
+class Watch(L.Callback):
+    """Notes stage, scales and learning rates before and after every step."""
+
+    def __init__(self):
+        self.stages, self.scales, self.rates = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        quantizer = quantizers(pl_module)[0]
+        self.stages.append(quantizer.current_stage)
+        self.scales.append(quantizer.scale.detach().clone())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        scales = {id(q.scale) for q in quantizers(pl_module)}
+        ours = [g for g in optimizer.param_groups if any(id(p) in scales for p in g["params"])]
+        rest = [g for g in optimizer.param_groups if not any(id(p) in scales for p in g["params"])]
+        self.rates.append(([g["lr"] for g in ours], [g["lr"] for g in rest], [g["weight_decay"] for g in ours]))
+
+
+def fit(module, callback, steps=STEPS, **settings):
+    watch = Watch()
+    run = trainer(callback, watch, steps=steps, **settings)
+    run.fit(module, digits()[0])
+    return watch, run
+
+
+@pytest.mark.parametrize("kind", [Classifier, LateClassifier], ids=["eager", "configure_model"])
+def test_a_module_that_knows_nothing_of_quantization_trains_through_it(kind):
+    module = kind()
+    watch, _ = fit(module, int4())
+    assert sorted(layers(module)) == ["network.0", "network.2"]
+    assert type(module.network[4]) is nn.Linear
+    assert watch.stages[0] == Stage.TRAIN and watch.stages[-1] == Stage.FROZEN
+    assert not torch.equal(watch.scales[0], watch.scales[5])
+
+
+def test_a_model_that_inserted_in_configure_model_is_adopted():
+    scheme = uniform(QuantSpec(bits=8, granularity="channel"))
+
+    class Inserts(LateClassifier):
+        def configure_model(self):
+            super().configure_model()
+            if not layers(self):
+                insert(self, scheme)
+
+    module = Inserts()
+    fit(module, int4())
+    assert {layer.scheme.weight.bits for layer in layers(module).values()} == {8}  # theirs, not the callback's INT4
+    assert len(layers(module)) == 3
+
+
+@pytest.mark.parametrize("scheduler", ["none", "lambda", "onecycle", "cosine"])
+def test_scales_follow_the_schedule_at_their_own_rate_without_decay(scheduler):
+    watch, _ = fit(Classifier(scheduler), int4(scale_lr=1e-4, freeze_share=0.0))
+    for ours, rest, decay in watch.rates:
+        assert len(ours) == 1 and len(rest) == 1
+        assert ours[0] == pytest.approx(rest[0] * 1e-2, rel=1e-6)  # 1e-4 against the module's 1e-2
+        assert decay == [0.0]
+    if scheduler != "none":
+        assert len({ours[0] for ours, _, _ in watch.rates}) > STEPS // 2
+
+
+def test_a_scheduler_that_overwrites_the_scales_rate_is_refused():
+    with pytest.raises(ValueError, match="CyclicLR gives every parameter group the same rate"):
+        fit(Classifier("cyclic"), int4())
+
+
+def test_groups_that_the_module_built_itself_are_left_alone():
+    class Own(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(parameter_groups(self, lr=1e-2, scale_lr=5e-4, weight_decay=0.1))
+
+    watch, _ = fit(Own(), int4(scale_lr=1e-4))
+    assert watch.rates[0][0] == [5e-4]
+
+
+def test_scales_that_no_optimizer_holds_are_refused():
+    class Forgets(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for n, p in self.named_parameters() if n.endswith("weight")], lr=1e-2)
+
+    with pytest.raises(ValueError, match="2 learned scales are in no optimizer"):
+        fit(Forgets(), int4())
+
+
+def test_the_schedule_is_float_then_train_then_frozen():
+    module = Classifier()
+    watch, _ = fit(module, int4(start_step=3, freeze_share=0.25))
+    assert watch.stages == [Stage.FLOAT] * 3 + [Stage.TRAIN] * 6 + [Stage.FROZEN] * 3
+    frozen = store_scale(watch.scales[8], int4().schemes.rules["*"].weight)  # after step 9, the last that moves them
+    assert all(torch.equal(frozen, later) for later in watch.scales[9:])
+    assert not torch.equal(watch.scales[3], watch.scales[8])
+
+
+def test_until_the_start_step_training_is_bit_identical_to_plain_training():
+    quantized, plain = Classifier(), Classifier()
+    fit(quantized, int4(start_step=6), steps=6)
+    trainer(steps=6).fit(plain, digits()[0])
+    for name, value in plain.state_dict().items():
+        assert torch.equal(quantized.state_dict()[name], value), name
+
+
+def test_quantization_starts_from_the_weights_of_that_step():
+    module = Classifier()
+    fit(module, int4(start_step=6, scale_lr=0.0, freeze_share=0.0), steps=7)
+    started = module.network[0].weight_quantizer.scale.detach().clone()
+    reference = Classifier()
+    trainer(steps=6).fit(reference, digits()[0])
+    insert(reference, int4().schemes)
+    RangeCalibration("mse")(reference, lambda: None)
+    assert torch.equal(started, reference.network[0].weight_quantizer.scale)
+
+
+def test_an_estimator_that_follows_the_weights_freezes_where_they_were():
+    module = Classifier()
+    fit(module, int4(estimator=STE(follow=True), freeze_share=0.5))
+    scale = module.network[0].weight_quantizer.scale
+    assert not torch.equal(scale, torch.ones_like(scale))
+
+
+BORDERS = [1, 2, 3, 4, 8, 9, 10, 11]  # start at 3, freeze at 9: before, at and after each
+
+
+class StopAt(L.Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("stop", BORDERS)
+@pytest.mark.parametrize("estimator", [LSQ(), STE(follow=True)], ids=["lsq", "ste"])
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, estimator, tmp_path):
+    settings = {"start_step": 3, "freeze_share": 0.25, "estimator": estimator}
+    whole, first, second = (Classifier("onecycle") for _ in range(3))
+    data = digits(batch_size=1500)[0]  # one batch an epoch: torch's DataLoader forgets where in an epoch it was
+    trainer(int4(**settings), max_epochs=-1).fit(whole, data)
+    trainer(int4(**settings), StopAt(stop, tmp_path / "x.ckpt"), max_epochs=-1).fit(first, data)
+    trainer(int4(**settings), max_epochs=-1).fit(second, data, ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+    assert any(not torch.equal(a, b) for a, b in zip(first.state_dict().values(), whole.state_dict().values(), strict=True))
+    for (name, value), resumed in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(value, resumed), name
+
+
+def test_evaluation_does_not_move_the_schedule():
+    module = Classifier()
+    callback = int4(start_step=3)
+    watch = Watch()
+    loaders = digits()
+    trainer(callback, watch, limit_val_batches=4, val_check_interval=2).fit(module, *loaders)
+    assert watch.stages[:4] == [Stage.FLOAT] * 3 + [Stage.TRAIN]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_scales_stay_float32_masters_in_every_precision(precision):
+    module = Classifier()
+    _, run = fit(module, int4(scale_lr=1e-4), precision=precision)
+    for layer in layers(module).values():
+        assert layer.weight_quantizer.scale.dtype == torch.float32
+        state = run.optimizers[0].state[layer.weight_quantizer.scale]
+        assert state["exp_avg"].dtype == torch.float32
+    expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert module.network[0].weight.dtype == expected
+
+
+def test_calibration_that_needs_data_asks_for_it():
+    calibration = RangeCalibration("weighted_mse", importance=True)
+    with pytest.raises(ValueError, match="calibration weighted_mse needs data: give the datamodule"):
+        fit(Classifier(), int4(calibration=calibration))
+    module = Classifier()
+    fit(module, int4(calibration=calibration, calibration_loader=digits()[1]), steps=2)
+    assert layers(module)["network.0"].weight_quantizer.active
+
+
+def test_training_through_int4_learns_the_digits():
+    module = Classifier()
+    loaders = digits()
+    trainer(int4(), steps=120, max_epochs=-1).fit(module, loaders[0])
+    images, labels = loaders[1].dataset.tensors
+    accuracy = (module(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.85  # float reaches 0.92 in the same steps; chance is 0.1
+
+
+def test_the_module_gets_its_methods_back():
+    module = LateClassifier()
+    fit(module, int4())
+    assert "configure_optimizers" not in vars(module) and "configure_model" not in vars(module)
+
+
+def test_a_bad_freeze_share_is_refused():
+    with pytest.raises(ValueError, match="freeze_share must be in"):
+        QuantizationAwareTraining(int4().schemes, freeze_share=1.0)

@@ -1,0 +1,138 @@
+"""What Recovery measures is what one would measure by hand, and it is put back as it was."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+from digits import Classifier, digits, int4, trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn import functional as F
+
+from qat.calibration import RangeCalibration
+from qat.callbacks import Recovery
+from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
+from qat.callbacks.recovery import Control
+from qat.fake_quantizer import Stage
+from qat.insert import insert, set_stage
+
+LOADERS = digits()
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return LOADERS[0]
+
+    def val_dataloader(self):
+        return LOADERS[1]
+
+
+def loss_by_hand(module) -> float:
+    images, labels = LOADERS[1].dataset.tensors
+    with torch.no_grad():
+        return float(F.cross_entropy(module(images), labels))
+
+
+def fitted(recovery, **settings):
+    module = Classifier()
+    run = trainer(int4(), recovery, limit_val_batches=None, val_check_interval=4, **settings)
+    run.fit(module, *LOADERS)
+    return module, run
+
+
+def test_float_and_ptq_losses_are_those_of_the_untrained_model():
+    recovery = Recovery()
+    fitted(recovery)
+    module = Classifier()
+    assert recovery.models["float"]["validation"].loss == pytest.approx(loss_by_hand(module), rel=1e-6)
+    insert(module, int4().schemes)
+    RangeCalibration("absmax", weight="absmax")(module, lambda: None)
+    set_stage(module, Stage.FROZEN)
+    assert recovery.models["ptq"]["validation"].loss == pytest.approx(loss_by_hand(module), rel=1e-6)
+
+
+def test_measuring_changes_nothing_in_the_training():
+    with_recovery, _ = fitted(Recovery())
+    without = Classifier()
+    trainer(int4()).fit(without, LOADERS[0])
+    for (name, value), other in zip(with_recovery.state_dict().items(), without.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_the_final_qat_loss_is_that_of_the_trained_module():
+    recovery = Recovery()
+    module, _ = fitted(recovery)
+    assert recovery.models["qat"]["validation"].loss == pytest.approx(loss_by_hand(module), rel=1e-6)
+
+
+def test_every_validation_is_in_the_history_and_in_the_logger(tmp_path):
+    recovery = Recovery()
+    logger = CSVLogger(tmp_path, name=None, version="m")
+    fitted(recovery, logger=logger)
+    assert [row["step"] for row in recovery.history] == [4, 8, 12]
+    logger.save()
+    assert "recovery/qat_loss" in (tmp_path / "m" / "metrics.csv").read_text()
+
+
+def test_recovery_over_control_uses_the_control():
+    first = Recovery()
+    fitted(first)
+    control = Control(first.models["qat"], first.models["ptq"], "absmax")
+    recovery = Recovery(control=control)
+    fitted(recovery)
+    figures = recovery.figures("validation", recovery.models["qat"]["validation"])
+    assert figures["qat_minus_control_ptq"].value == pytest.approx(
+        recovery.models["qat"]["validation"].loss - first.models["ptq"]["validation"].loss
+    )
+    without = first.figures("validation", first.models["qat"]["validation"])
+    assert without["recovery_over_control"].value is None
+    assert "control=none" in without["recovery_over_control"].reason
+
+
+def test_the_state_survives_a_checkpoint_as_plain_tensors(tmp_path):
+    recovery = Recovery()
+    fitted(recovery)
+    torch.save(recovery.state_dict(), tmp_path / "state.pt")
+    restored = Recovery()
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.models["ptq"]["validation"].loss == recovery.models["ptq"]["validation"].loss
+    assert json.dumps(restored.history) == json.dumps(recovery.history)
+
+
+def test_a_validation_step_without_a_loss_is_refused_with_the_remedy():
+    class Silent(Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+
+    with pytest.raises(ValueError, match="it must return the batch's mean loss"):
+        trainer(int4(), Recovery(), limit_val_batches=None).fit(Silent(), *LOADERS)
+
+
+def test_recovery_needs_the_quantization_callback():
+    with pytest.raises(ValueError, match="Recovery needs a QuantizationAwareTraining callback"):
+        trainer(Recovery(), limit_val_batches=None).fit(Classifier(), *LOADERS)
+
+
+def test_the_control_is_trained_once_and_equals_plain_training(tmp_path):
+    folder = control_folder(tmp_path, model=weights_digest(Classifier()), steps=6)
+    train_control(folder, Classifier(), Data(), lambda checkpoints: trainer(steps=6))
+    plain, loaded = Classifier(), Classifier()
+    trainer(steps=6).fit(plain, LOADERS[0])
+    load_control(folder, loaded)
+    for (name, value), other in zip(plain.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_a_control_is_known_by_everything_it_depends_on(tmp_path):
+    base = {"model": "a", "batches": "b", "seed": 0}
+    folder = control_folder(tmp_path, **base)
+    assert folder == control_folder(tmp_path, **dict(reversed(base.items())))
+    assert all(folder != control_folder(tmp_path, **{**base, key: "other"}) for key in base)
+
+
+def test_a_weights_digest_sees_one_changed_bit():
+    module, other = Classifier(), Classifier()
+    assert weights_digest(module) == weights_digest(other)
+    with torch.no_grad():
+        other.network[0].weight[0, 0] = torch.nextafter(other.network[0].weight[0, 0], torch.tensor(1.0))
+    assert weights_digest(module) != weights_digest(other)

@@ -1,0 +1,218 @@
+import json
+import logging
+
+import pytest
+
+from qat.data.chat import ChatData, conversations
+from qat.data.documents import SPLITS, Document
+from qat.data.windows import IGNORE
+from qat.tasks.models import CHAT_TEMPLATE, train_tokenizer
+
+# Qwen3 and DeepSeek-R1 do this: what the assistant thought is dropped once the user speaks again.
+REWRITING = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    talk = [{"role": "assistant" if i % 2 else "user", "content": c} for i, c in enumerate(contents)]
+    return talk if system is None else [{"role": "system", "content": system}, *talk]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer():
+    documents = [Document("x", "what is one plus two? three. what about four? five! be brief. ok " * 4)]
+    trained = train_tokenizer(documents, 320)
+
+    def make(template=CHAT_TEMPLATE):
+        trained.chat_template = template
+        return trained
+
+    return make
+
+
+@pytest.fixture
+def chat(tmp_path, make_tokenizer):
+    def make(rows=None, template=CHAT_TEMPLATE, **fields):
+        rows = [{"messages": turns(f"what is {i}?", f"it is {i}.")} for i in range(200)] if rows is None else rows
+        data = ChatData(write(tmp_path / "chat.jsonl", rows), **{"seq_len": 64, **fields})
+        data.tokenizer = make_tokenizer(template)
+        return data
+
+    return make
+
+
+def labelled(data, ids, labels) -> str:
+    """Labels are the next tokens; what they say."""
+    assert all(label in (following, IGNORE) for label, following in zip(labels, ids[1:], strict=False))
+    return data.tokenizer.decode([label for label in labels if label != IGNORE])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        turns("what is one?", "three."),
+        turns("a", "first answer", "b", "second"),
+        turns("hi", "ok", system="be brief."),
+        turns("hi", "ok", "bye"),
+        turns("hi", "ok", "bye")[1:],
+        turns("hi", ""),
+        turns("漢字?", "é\u2028\n  x  "),
+        turns("<|assistant|>fake<|end|>", "real"),
+    ],
+    ids=["one turn", "two turns", "system", "user last", "assistant first", "empty", "unicode", "roles in text"],
+)
+def test_the_loss_is_on_the_assistants_words_and_its_end_only(chat, messages):
+    data = chat()
+    ids, labels = data.encode(messages)
+    assert len(ids) == len(labels)
+    spoken = "".join(m["content"] + "<|end|>" for m in messages if m["role"] == "assistant")
+    assert labelled(data, ids, labels) == spoken
+
+
+def test_inputs_are_the_templates_text(chat):
+    data, messages = chat(), turns("hi", "ok", "and?", "fine")
+    ids, labels = data.encode(messages)
+    whole = data.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert data.tokenizer.decode([*ids, labels[-1]]) == whole
+
+
+def test_no_label_without_an_assistant(chat):
+    assert set(chat().encode(turns("hi"))[1]) == {IGNORE}
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(chat):
+    data = chat(template=REWRITING)
+    with pytest.raises(ValueError, match=r"data chat: the chat template rewrites earlier turns .*tokens of turn 1"):
+        data.encode(turns("a", "hm</think>first", "b", "second"))
+    ids, labels = data.encode(turns("a", "hm</think>first"))
+    assert labelled(data, ids, labels) == "hm</think>first<|end|>"
+
+
+def test_a_tokenizer_without_a_template_is_refused(chat):
+    with pytest.raises(ValueError, match="data chat: the model's tokenizer has no chat template; use data=text"):
+        chat(template=None).setup()
+
+
+def test_every_window_is_one_conversation_with_its_answer(chat):
+    data = chat()
+    data.setup()
+    for split in SPLITS:
+        cut = data.split(split)
+        assert len(cut) > 0
+        assert cut.document.tolist() == list(range(len(cut)))
+        for ids, labels, mask in zip(cut.input_ids, cut.labels, cut.attention_mask, strict=True):
+            said = labelled(data, ids[mask].tolist(), labels[mask].tolist())
+            assert said.startswith("it is ") and said.endswith(".<|end|>")
+            assert (labels[~mask] == IGNORE).all()
+            number = said.removeprefix("it is ").removesuffix(".<|end|>")
+            assert f"what is {number}?" in data.tokenizer.decode(ids)
+
+
+def test_prompt_and_response_are_a_conversation(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}])
+    (document,) = conversations(path=tmp_path / "a.jsonl")
+    assert path.endswith("a.jsonl")
+    assert json.loads(document.text) == turns("p", "r"), "both rows say the same, so they are one document"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=lambda c: f"U+{ord(c):04X}")
+def test_only_line_feeds_end_a_line(tmp_path, separator):
+    # JSON lets strings hold these as they are; str.splitlines() would split there.
+    row = {"messages": turns(f"a{separator}b", "c")}
+    write(tmp_path / "a.jsonl", [row, {"messages": turns("d", "e")}])
+    assert [json.loads(d.text)[0]["content"] for d in conversations(tmp_path / "a.jsonl")] == [f"a{separator}b", "d"]
+
+
+def test_windows_line_ends_and_blank_lines_are_fine(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "p", "response": "r"}\r\n\r\n  \n{"prompt": "q", "response": "r"}')
+    assert len(conversations(tmp_path / "a.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("plain text", "Expecting value"),
+        ("[1, 2]", "it is a JSON list, not an object"),
+        ('"text"', "it is a JSON str, not an object"),
+        ("5", "it is a JSON int, not an object"),
+        ('{"text": "x"}', r"it has the keys \['text'\], not 'messages', nor 'prompt' and 'response'"),
+        ('{"prompt": "x"}', r"it has the keys \['prompt'\]"),
+        ('{"messages": []}', "every message needs a role and a text"),
+        ('{"messages": null}', "NoneType"),
+        ('{"messages": [{"role": "user"}]}', "'content'"),
+        ('{"messages": [{"role": "user", "content": null}]}', "every message needs a role and a text"),
+        ('{"messages": [{"role": 1, "content": "x"}]}', "every message needs a role and a text"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "every message needs a role and a text"),
+        ('{"prompt": "x", "response": 3}', "every message needs a role and a text"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 3 is not a conversation: .*{message}"):
+        conversations(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"], ids=["empty", "blank"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"a.jsonl holds no conversation"):
+        conversations(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("path", ["absent.jsonl", "."], ids=["absent", "folder"])
+def test_a_missing_file_is_named(tmp_path, path):
+    with pytest.raises(ValueError, match=r"data.path=.*: no such file"):
+        conversations(tmp_path / path)
+
+
+def test_a_long_conversation_is_cut_and_keeps_its_beginning(chat):
+    data = chat([{"messages": turns(f"q {i}", f"answer {i} " * 50)} for i in range(80)], seq_len=24)
+    data.setup()
+    cut = data.split("train")
+    assert cut.input_ids.shape[1] == 24
+    assert cut.attention_mask.all()
+    said = [
+        labelled(data, ids.tolist(), labels.tolist()) for ids, labels in zip(cut.input_ids, cut.labels, strict=True)
+    ]
+    assert all(s.startswith("answer ") and "<|end|>" not in s for s in said)
+
+
+def test_a_conversation_cut_before_the_assistant_speaks_is_left_out_aloud(chat, caplog):
+    """A batch of such windows has no label: its mean loss would be 0 / 0."""
+    rows = [{"messages": turns(f"q {i}", f"answer {i}")} for i in range(80)]
+    rows += [{"messages": turns(f"long {i} " * 40, "late")} for i in range(80)]
+    data = chat(rows, seq_len=24)
+    with caplog.at_level(logging.INFO, logger="qat.data.chat"):
+        data.setup()
+    assert sum("left out: the assistant is silent in their first 24 tokens" in m for m in caplog.messages) >= 2
+    for split in SPLITS:
+        assert (data.split(split).labels != IGNORE).any(1).all()
+
+
+def test_conversations_whose_answers_are_all_cut_off_ask_for_longer_windows(chat):
+    data = chat([{"messages": turns(f"long {i} " * 40, "late")} for i in range(80)], seq_len=24)
+    with pytest.raises(ValueError, match=r"the train split of data chat has no usable token .*larger data.seq_len"):
+        data.setup()
+
+
+def test_too_few_conversations_ask_for_more(chat):
+    with pytest.raises(ValueError, match=r"no usable token .* give more conversations"):
+        chat([{"messages": turns("a", "b")}]).setup()
+
+
+def test_the_digest_knows_the_template(chat):
+    other = CHAT_TEMPLATE.replace("<|end|>", "<|end|><|end|>")
+    first = chat().digest
+    assert chat(template=other).digest != first
+    assert chat().digest == first
