@@ -1,7 +1,7 @@
 """Fine-tune a model through fake quantization, export it packed, and know what it cost.
 
-    python train.py recipe=llama_int4_qat
-    python train.py --help
+python train.py recipe=llama_int4_qat
+python train.py --help
 """
 
 from qat.main import main

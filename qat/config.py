@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Transformer
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,9 +73,9 @@ def _check_job(overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
     chosen = dict(config.hydra.runtime.choices)
-    with_hydra = OmegaConf.to_container(config, resolve=False)
-    with_hydra.pop("hydra")  # type: ignore[union-attr]
-    problems = list(unknown_keys(OmegaConf.create(with_hydra), chosen))  # type: ignore[arg-type]
+    with_hydra: Any = OmegaConf.to_container(config, resolve=False)
+    with_hydra.pop("hydra")
+    problems = list(unknown_keys(OmegaConf.create(with_hydra), chosen))
     if problems:
         raise ValueError("unknown configuration keys (in a recipe, or added with +):\n  " + "\n  ".join(problems))
 
@@ -106,7 +106,7 @@ def _values(word: str, known: dict[str, list[str]]) -> list[str]:
 
 def unknown_keys(config: DictConfig, chosen: dict[str, str]) -> Iterator[str]:
     """The keys of a composed `config` that no group file and no `_target_` knows, each with its nearest name."""
-    base = OmegaConf.load(CONF / "config.yaml")
+    base: Any = OmegaConf.load(CONF / "config.yaml")
     base.pop("defaults")
     for group, choice in chosen.items():
         file = CONF / group / f"{choice}.yaml"
@@ -127,6 +127,7 @@ def _unknown(node: Any, base: Any, prefix: str) -> Iterator[str]:
         known |= set(parameters) | _HYDRA_KEYS
     elif base is None and prefix:
         free = True
+    key: Any  # strings; OmegaConf would allow more
     for key in node:
         if key not in known and not free:
             yield f"{prefix}{key}{_nearest(str(key), sorted(map(str, known - _HYDRA_KEYS)))}"
@@ -144,6 +145,8 @@ def _nearest(word: str, names: list[str], everything: bool = False) -> str:
 
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message, with the nearest known key for each override that it cannot place."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override}: a value with special characters needs quotes, 'key=\"value\"'"
     lines = [str(error).splitlines()[0]]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         groups = [w for w in overrides if w.partition("=")[0] in choices()]
@@ -159,6 +162,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 
 def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    key: Any
     for key in node:
         yield f"{prefix}{key}"
         child = node._get_node(key)

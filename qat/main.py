@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from qat.config import CONF, check_overrides, register_recipes
@@ -39,7 +41,8 @@ def _check_folder(words: list[str]) -> None:
     folder = Path(given.get("hydra.run.dir", ""))
     if "hydra.run.dir" in given and given.get("resume", "false").lower() != "true" and _holds_a_run(folder):
         raise ValueError(
-            f"the run folder {folder} exists and holds a run: choose another hydra.run.dir, or go on with it by resume=true"
+            f"the run folder {folder} exists and holds a run: choose another hydra.run.dir, or go on with it by "
+            "resume=true"
         )
 
 
@@ -50,9 +53,9 @@ def _holds_a_run(folder: Path) -> bool:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
     try:
-        run(cfg, Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir))
-    except (ValueError, hydra.errors.InstantiationException) as error:
-        cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) and error.__cause__ else error
+        run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except (ValueError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if os.environ.get("QAT_TRACEBACK"):
             raise
         sys.exit(f"error: {cause}")

@@ -57,6 +57,12 @@ class EMA(MinMax):
         self.absmax = seen if self.absmax is None else self.momentum * self.absmax + (1 - self.momentum) * seen
 
 
+# The search goes a little beyond absmax: with absmax / 7.5 the largest weight is clipped to code 7.
+_WIDEST = 1.12
+# Ratios tried within one coarse step on either side of the best coarse one.
+_REFINED = 11
+
+
 class MSE(MinMax):
     """The scale with the smallest squared error, searched over shrunk ranges.
 
@@ -67,13 +73,13 @@ class MSE(MinMax):
     Args:
         spec: of the tensor that is observed.
         shrink: the smallest ratio tried.
-        steps: how many ratios are tried.
+        steps: how many ratios are tried at first, from 1.12 down; 11 finer ones around the best follow.
         most: values a row kept for the search (a random sample of more, the same columns in every row).
     """
 
-    def __init__(self, spec: QuantSpec, shrink: float = 0.4, steps: int = 61, most: int = 1 << 16):
+    def __init__(self, spec: QuantSpec, shrink: float = 0.4, steps: int = 37, most: int = 1 << 16):
         super().__init__(spec)
-        self.ratios = torch.linspace(1.0, shrink, steps).tolist()
+        self.ratios = torch.linspace(_WIDEST, shrink, steps).tolist()
         self.most = most
         self.values: list[Tensor] = []
         self.importance: list[Tensor] = []
@@ -98,13 +104,16 @@ class MSE(MinMax):
         importance = torch.cat(self.importance, -1)[..., sample] if self.importance else None
         values = values[..., sample]
         assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
-        best, least = start, torch.full_like(start, torch.inf)
-        for ratio in self.ratios:
-            scale = store_scale(start * ratio, self.spec)
-            error = fake_quantize(values, scale[:, None], self.spec).sub_(values).square_()
-            if importance is not None:
-                error *= importance
-            error = error.sum(-1)
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        return best
+        best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
+        coarse = self.ratios[0] - self.ratios[1]
+        for tried in (self.ratios, torch.linspace(-coarse, coarse, _REFINED).tolist()):
+            middle = torch.zeros_like(best) if tried is self.ratios else best.clone()
+            for ratio in tried:
+                scale = store_scale(start * (middle + ratio), self.spec)
+                error = fake_quantize(values, scale[:, None], self.spec).sub_(values).square_()
+                if importance is not None:
+                    error *= importance
+                error = error.sum(-1)
+                better = error < least
+                best, least = torch.where(better, middle + ratio, best), torch.where(better, error, least)
+        return store_scale(start * best, self.spec)

@@ -3,6 +3,7 @@
 import logging
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from qat import __version__
+from qat.calibration import CALIBRATIONS
 from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
@@ -28,10 +32,9 @@ from qat.callbacks.control import (
 )
 from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
-from qat.calibration import CALIBRATIONS
 from qat.export import write_float
 from qat.inference import load_packed
-from qat.insert import plan
+from qat.insertion import plan
 from qat.report.build import build_summary, write_summary
 from qat.report.html import write_report
 from qat.report.table import run_table
@@ -58,6 +61,7 @@ class Run:
         out = self.out
         out.mkdir(parents=True, exist_ok=True)
         torch.set_flush_denormal(True)
+        _quiet()
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
             self.schemes = instantiate(self.cfg.quant)
@@ -119,6 +123,9 @@ class Run:
             save_top_k=1,
             enable_version_counter=False,
         )
+        trainer = self.cfg.trainer
+        # The data is endless; told where the run ends, the progress bar knows what is left.
+        settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
         guards = [NaNGuard(), SafeExit(last, self._resume_command()), every]
         return instantiate(
             self.cfg.trainer, callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings
@@ -131,9 +138,9 @@ class Run:
     # -- control ------------------------------------------------------------------------------------
 
     def _train_control(self) -> None:
-        trainer = OmegaConf.to_container(self.cfg.trainer, resolve=True)
+        trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
         shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
-        settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}  # type: ignore[union-attr]
+        settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}
         self.control_at = control_folder(
             Path(self.cfg.control_dir),
             model=self.digest,
@@ -179,6 +186,7 @@ class Run:
         self.trainer.fit(task, self.data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
         if not self.schemes.quantizes:
             self.exported_to = self._export_folder()
+            assert isinstance(task.model, torch.nn.Module)
             write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
             return
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
@@ -226,7 +234,7 @@ class Run:
         choices, steps = HydraConfig.get().runtime.choices, self.trainer.global_step
         batch = self.data.batch_size * self.trainer.accumulate_grad_batches * self.data.seq_len
         return {
-            "recipe": choices.recipe,
+            "recipe": choices["recipe"],
             "scheme": self.schemes.name,
             "model": self.cfg.model.name,
             "data": self.data.name,
@@ -264,12 +272,17 @@ class Run:
         }
 
 
+def _quiet() -> None:
+    """Keep the terminal for what the user can act on; everything else is in the libraries' own logs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*GPU available but not.*"):
+        warnings.filterwarnings("ignore", message)
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages whose numbers could move a figure."""
-    import transformers
-
-    from qat import __version__
-
     return {
         "python": platform.python_version(),
         "qat": __version__,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import qat.insert as insertion
+import qat.insertion as insertion
 from qat.fake_quantizer import Stage
 from qat.functional import absmax_scale
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap

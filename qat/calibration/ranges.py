@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
-from qat.insert import layers
+from qat.insertion import layers
 from qat.nn import FakeQuantLinear
 from qat.observers import EMA, MSE, MinMax
 
@@ -131,8 +131,7 @@ def _input_moments(model: nn.Module, moments: dict[str, Tensor]) -> Iterator[Non
             moments[name] = moments[name] + square if name in moments else square
 
     hooks = [
-        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
-        for name, layer in layers(model).items()
+        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers(model).items()
     ]
     try:
         yield

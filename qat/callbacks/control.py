@@ -22,7 +22,7 @@ from qat.calibration import RangeCalibration
 from qat.callbacks.measure import Measure
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.recovery import Control
-from qat.insert import insert
+from qat.insertion import insert
 
 log = logging.getLogger(__name__)
 

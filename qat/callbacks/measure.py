@@ -10,7 +10,7 @@ from qat.callbacks.batches import muted, step_losses
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import DocumentLosses, evaluate
 from qat.fake_quantizer import Stage
-from qat.insert import layers, quantizers, set_stage
+from qat.insertion import layers, quantizers, set_stage
 
 Measured = dict[str, DocumentLosses]
 """Losses of one model by split: `validation` (watched while training) and `test` (the figures)."""

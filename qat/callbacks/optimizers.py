@@ -27,15 +27,15 @@ def scale_groups(model: nn.Module, scale_lr: float) -> Iterator[None]:
         scale.requires_grad_(True)
     original = torch.optim.Optimizer.add_param_group
 
-    def add_split(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-        params = group["params"]
+    def add_split(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         ours = [p for p in params if id(_tensor(p)) in scales]
         rest = [p for p in params if id(_tensor(p)) not in scales]
         if not ours or not rest:
-            return original(self, {**group, "params": params})
-        original(self, {**group, "params": rest})
-        return original(self, {**group, "params": ours, "lr": scale_lr, "weight_decay": 0.0, _SPLIT: True})
+            return original(self, {**param_group, "params": params})
+        original(self, {**param_group, "params": rest})
+        return original(self, {**param_group, "params": ours, "lr": scale_lr, "weight_decay": 0.0, _SPLIT: True})
 
     torch.optim.Optimizer.add_param_group = add_split  # type: ignore[method-assign]
     try:
@@ -53,7 +53,8 @@ def _tensor(param: Any) -> torch.Tensor:
 def check_optimizers(model: nn.Module, built: Any, scale_lr: float) -> None:
     """Every learned scale must be in an optimizer, and every scheduler must leave it its own rate.
 
-    `built` is whatever `configure_optimizers` returned.  `OneCycleLR` sets all groups to its `max_lr`; for the scales that curve is scaled to peak at `scale_lr`.
+    `built` is whatever `configure_optimizers` returned.  `OneCycleLR` sets all groups to its `max_lr`; for the
+    scales that curve is scaled to peak at `scale_lr`.
 
     Raises:
         ValueError: a scale is in no optimizer, or a `CyclicLR` overwrites the scales' rate.

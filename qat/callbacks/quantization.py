@@ -21,7 +21,7 @@ from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import SCALE_FLOOR
-from qat.insert import insert, layers, quantizers, set_stage, untie
+from qat.insertion import insert, layers, quantizers, set_stage, untie
 from qat.scheme import SchemeMap
 from qat.training import scale_parameters
 
@@ -54,7 +54,7 @@ class QuantizationAwareTraining(L.Callback):
         schemes: SchemeMap,
         calibration: RangeCalibration | None = None,
         estimator: Estimator | None = None,
-        scale_lr: float = 1e-5,
+        scale_lr: float = 1e-4,
         start_step: int = 0,
         freeze_share: float = 0.1,
         submodule: str = "",

@@ -91,9 +91,9 @@ class ChatData(LanguageData):
         if not messages:
             return []
         return list(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=prompt, return_dict=True
-            )["input_ids"]
+            self.tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)[
+                "input_ids"
+            ]
         )
 
 

@@ -72,8 +72,8 @@ class LanguageData(L.LightningDataModule):
         parts = [self.corpus_digest, self.seq_len, self.batch_size, self.seed, self.extra_share]
         total = hashlib.sha256(json.dumps(parts).encode())
         for cut in self._training:  # the tokens themselves: they hold the tokenizer, its template and the extra text
-            total.update(cut.input_ids.contiguous().numpy())
-            total.update(cut.labels.contiguous().numpy())
+            total.update(cut.input_ids.numpy().tobytes())
+            total.update(cut.labels.numpy().tobytes())
         return total.hexdigest()[:16]
 
     def setup(self, stage: str | None = None) -> None:

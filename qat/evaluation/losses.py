@@ -111,9 +111,11 @@ def to_device(batch: Any, module: torch.nn.Module) -> Any:
 def _tracked(loader: Iterable[Any], progress: str | None) -> Iterable[Any]:
     if progress is None:
         return loader
+    from rich.console import Console
     from rich.progress import track
 
-    return track(loader, progress, transient=True)
+    console = Console(stderr=True)
+    return track(loader, progress, transient=True, console=console, disable=not console.is_terminal)
 
 
 def by_document(parts: list[Losses]) -> DocumentLosses:
@@ -122,6 +124,7 @@ def by_document(parts: list[Losses]) -> DocumentLosses:
     Raises:
         ValueError: as `evaluate`.
     """
+
     def joined(name: str) -> np.ndarray:
         return torch.cat([getattr(part, name) for part in parts]).cpu().numpy() if parts else np.zeros(0, np.int64)
 

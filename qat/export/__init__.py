@@ -13,7 +13,7 @@ from qat.export.compressed_tensors import write_float
 from qat.export.fold import Folded, Recorded, fold, record
 from qat.export.verify import VerificationError, verify
 from qat.functional import dequantize
-from qat.insert import layers
+from qat.insertion import layers
 
 __all__ = [
     "Artifact",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qat.export.directory import atomic_directory, write_weights
 from qat.export.fold import Folded
 from qat.functional import scale_dtype
-from qat.insert import layers
+from qat.insertion import layers
 from qat.packing import pack
 from qat.scheme import QuantScheme, QuantSpec
 

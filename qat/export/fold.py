@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import quantize, scale_dtype, store_scale
-from qat.insert import layers
+from qat.insertion import layers
 from qat.nn import FakeQuantLinear
 from qat.scheme import QuantScheme
 

@@ -47,13 +47,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         words, groups = words_of(in_features, scheme.weight.bits), scheme.weight.groups(in_features)
-        static = scheme.input is not None and not scheme.input.dynamic
+        static = None if scheme.input is None or scheme.input.dynamic else scheme.input
         self.register_buffer("packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
         self.register_buffer(
             "scale", torch.empty(out_features, groups, dtype=scale_dtype(scheme.weight), device=device)
         )
         self.register_buffer(
-            "input_scale", torch.empty(1, dtype=scale_dtype(scheme.input), device=device) if static else None
+            "input_scale", None if static is None else torch.empty(1, dtype=scale_dtype(static), device=device)
         )
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 

@@ -28,6 +28,9 @@ class Int4Linear(nn.Module):
     """w4a16: `tiles` is torch's own order of the codes; `scale_and_zero` (groups, out, 2), the model's dtype."""
 
     operator = "_weight_int4pack_mm_for_cpu"
+    tiles: Tensor
+    scale_and_zero: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: PackedLinear, dtype: torch.dtype):
         super().__init__()
@@ -49,6 +52,9 @@ class Int8Linear(nn.Module):
     """w8a16: `codes` (out, in) int8; `scale` (out,), the model's dtype."""
 
     operator = "_weight_int8pack_mm"
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: PackedLinear, dtype: torch.dtype):
         super().__init__()
@@ -66,6 +72,10 @@ class Int8DynamicLinear(nn.Module):
     """w8a8: int8 products summed in int32, then scaled in float32; `codes` (in, out) int8, `scale` (out,) float32."""
 
     operator = "_int_mm"
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, layer: PackedLinear, dtype: torch.dtype):
         super().__init__()

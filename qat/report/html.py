@@ -104,10 +104,11 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
 def _plot(name: str, title: str, draw: Callable, height: float, summary: dict[str, Any]) -> dict[str, Any]:
     import matplotlib  # slow to import, and only needed here
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     style: dict[Any, Any] = {
         # What no call colours, such as the caps of whiskers, must follow dark mode too.
-        "axes.prop_cycle": matplotlib.cycler(color=[_COLORS["ink"]]),
+        "axes.prop_cycle": cycler(color=[_COLORS["ink"]]),
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.color": _COLORS["ink"],
         "axes.edgecolor": _COLORS["muted"], "axes.labelcolor": _COLORS["muted"], "axes.facecolor": "none",
         "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,8 +35,9 @@ class CausalLM(L.LightningModule):
         final: float = 0.0,
     ):
         super().__init__()
-        self.model = model
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.model = model.train()  # transformers loads in evaluation mode, and Lightning leaves it so
+        beta1, beta2 = betas  # a list, where a config gave it
+        self.lr, self.betas, self.weight_decay = lr, (beta1, beta2), weight_decay
         self.warmup, self.decay, self.final = warmup, decay, final
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -62,12 +64,12 @@ class CausalLM(L.LightningModule):
         correct = (logits.argmax(-1) == labels) & known
         return Losses(nll.double().sum(1), correct.double().sum(1), known.sum(1), batch["document"])
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Losses:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Losses:  # type: ignore[override]
         sums = self.losses(batch)
         self.log("val/loss", sums.nll.sum().float() / sums.tokens.sum(), batch_size=int(sums.tokens.sum()))
         return sums
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": self.weight_decay},

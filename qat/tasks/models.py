@@ -39,9 +39,10 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if local else name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path if local else name, dtype=getattr(torch, dtype), output_loading_info=True
         )
+        model, info = loaded
     except Exception as error:
         hint = "is the folder complete?" if local else "is it a folder here, or a name on the hub you can reach?"
         raise ValueError(f"model {name} cannot be loaded ({hint}): {type(error).__name__}: {error}") from error
@@ -84,7 +85,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
     return fast
 
 
-def new_llama(name: str, source: Any, vocab_size: int, seed: int = 0, **dimensions: int) -> tuple[Any, Any]:
+def new_llama(name: str, source: Any, vocab_size: int, seed: int = 0, **dimensions: Any) -> tuple[Any, Any]:
     """A randomly initialised Llama, with a tokenizer trained on the training split of `source`.
 
     Args:

@@ -13,9 +13,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [q.scale for q in owners if isinstance(q.scale, nn.Parameter) and q.estimator.learns_scale]
 
 
-def parameter_groups(
-    model: nn.Module, lr: float, scale_lr: float, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, scale_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices, vectors (no decay), scales (own rate, no decay).
 
     Call it in `configure_optimizers`: `torch.optim.AdamW(qat.parameter_groups(self.model, ...))`.

@@ -6,7 +6,7 @@ import qat.calibration.ranges as ranges
 from qat.calibration import CALIBRATIONS, RangeCalibration
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import absmax_scale, fake_quantize
-from qat.insert import insert, layers, quantizers
+from qat.insertion import insert, layers, quantizers
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 WEIGHTS = {

@@ -11,7 +11,7 @@ from qat.callbacks import QuantizationAwareTraining
 from qat.estimators import LSQ, STE
 from qat.fake_quantizer import Stage
 from qat.functional import store_scale
-from qat.insert import insert, layers, quantizers
+from qat.insertion import insert, layers, quantizers
 from qat.scheme import QuantSpec, uniform
 from qat.training import parameter_groups
 
@@ -157,7 +157,9 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, estimator, tmp_
     trainer(int4(**settings), max_epochs=-1).fit(whole, data)
     trainer(int4(**settings), StopAt(stop, tmp_path / "x.ckpt"), max_epochs=-1).fit(first, data)
     trainer(int4(**settings), max_epochs=-1).fit(second, data, ckpt_path=tmp_path / "x.ckpt", weights_only=False)
-    assert any(not torch.equal(a, b) for a, b in zip(first.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     for (name, value), resumed in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(value, resumed), name
 

@@ -14,7 +14,7 @@ from qat.callbacks import Recovery
 from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
 from qat.callbacks.recovery import Control
 from qat.fake_quantizer import Stage
-from qat.insert import insert, set_stage
+from qat.insertion import insert, set_stage
 
 LOADERS = digits()
 

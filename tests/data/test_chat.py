@@ -211,8 +211,12 @@ def test_too_few_conversations_ask_for_more(chat):
         chat([{"messages": turns("a", "b")}]).setup()
 
 
-def test_the_digest_knows_the_template(chat):
-    other = CHAT_TEMPLATE.replace("<|end|>", "<|end|><|end|>")
+@pytest.mark.parametrize(
+    "other",
+    [CHAT_TEMPLATE.replace("<|end|>", "<|end|><|end|>"), CHAT_TEMPLATE.split("{% if add")[0]],
+    ids=["other tokens", "same tokens, other labels"],
+)
+def test_the_digest_knows_the_template(chat, other):
     first = chat().digest
     assert chat(template=other).digest != first
     assert chat().digest == first

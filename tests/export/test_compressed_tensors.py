@@ -9,7 +9,7 @@ import qat
 from qat.export import compressed_tensors, export, record, write_float
 from qat.fake_quantizer import Stage
 from qat.functional import dequantize
-from qat.insert import layers, set_stage
+from qat.insertion import layers, set_stage
 from qat.scheme import QuantScheme, QuantSpec
 
 SCHEMES = [

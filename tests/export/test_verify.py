@@ -18,7 +18,7 @@ from qat.export import VerificationError, compressed_tensors, export, fold, reco
 from qat.export.verify import read_safetensors
 from qat.fake_quantizer import Stage
 from qat.functional import absmax_scale
-from qat.insert import layers
+from qat.insertion import layers
 from qat.nn import FakeQuantLinear
 from qat.packing import pack
 from qat.scheme import QuantScheme, QuantSpec

@@ -4,7 +4,7 @@ from torch import nn
 
 from qat.estimators import LSQ, STE
 from qat.fake_quantizer import Stage
-from qat.insert import insert, set_stage
+from qat.insertion import insert, set_stage
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 from qat.training import parameter_groups, scale_parameters
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import qat.insert as insertion
+import qat.insertion as insertion
 from qat.estimators import LSQ, STE
 from qat.fake_quantizer import Stage
 from qat.nn import FakeQuantLinear

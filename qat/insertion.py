@@ -1,7 +1,5 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from qat.estimators import LSQ, Estimator
@@ -100,5 +98,5 @@ def untie(model: nn.Module) -> None:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _owners(model: nn.Module, weight: Tensor) -> Iterable[str]:
+def _owners(model: nn.Module, weight: Tensor) -> list[str]:
     return [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]

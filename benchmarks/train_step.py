@@ -1,0 +1,163 @@
+"""What training through the quantizer costs: step time and peak memory against plain fine-tuning and torchao's QAT.
+
+    python benchmarks/train_step.py                      # embedded model, 4,096 tokens a step
+    python benchmarks/train_step.py --rounds 3 --group-size 32
+
+Times: the variants take turns (plain, qat, torchao, plain, ...) in one process on the same batches, and the
+ratio of the medians is reported, since the machine is shared.  Memory: a fresh process for each variant, peak
+resident memory (or allocated, on a GPU) above what was there when the model had been loaded.  torchao is left
+out where it is not installed.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.nn import functional as F
+
+VARIANTS = ("plain", "qat", "torchao")
+
+
+def prepare(variant: str, group_size: int, device: str):
+    """A fresh embedded model, prepared for `variant`, and its optimizer."""
+    from qat.calibration import CALIBRATIONS
+    from qat.fake_quantizer import Stage
+    from qat.insertion import insert, set_stage
+    from qat.scheme import QuantSpec, uniform
+    from qat.tasks.models import load
+    from qat.training import parameter_groups
+
+    model = load("stdlib_llama")[0].to(device).train()
+    if variant == "torchao":
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        weight = IntxFakeQuantizeConfig(torch.int4, group_size=group_size)
+        quantize_(model, QATConfig(weight_config=weight, step="prepare"), filter_fn=_not_the_head)
+    if variant == "qat":
+        spec = QuantSpec(bits=4, granularity="group", group_size=group_size)
+        insert(model, uniform(spec, ignore=("*lm_head",)))
+        CALIBRATIONS["absmax"](model, lambda: None)
+        set_stage(model, Stage.TRAIN)
+    groups = parameter_groups(model, lr=1e-4, scale_lr=1e-5)
+    return model, torch.optim.AdamW(groups, fused=True)
+
+
+def _not_the_head(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+
+
+def step(model, optimizer, batch: torch.Tensor) -> None:
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def batches(count: int, tokens: int, device: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(6, 2048, (tokens // 256, 257), generator=generator).to(device) for _ in range(count)]
+
+
+def times(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    prepared = {v: prepare(v, arguments.group_size, arguments.device) for v in variants}
+    data = batches(arguments.rounds + 1, arguments.tokens, arguments.device)
+    measured: dict[str, list[float]] = {v: [] for v in variants}
+    for number, batch in enumerate(track(data, "rounds", transient=True)):
+        for variant in variants:
+            start = time.perf_counter()
+            step(*prepared[variant], batch)
+            if arguments.device != "cpu":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                measured[variant].append(time.perf_counter() - start)
+    return measured
+
+
+def peak_memory(variant: str, arguments: argparse.Namespace) -> int:
+    """Bytes above the loaded model at the worst moment of three steps; called in a process of its own."""
+    model, optimizer = prepare(variant, arguments.group_size, arguments.device)
+    data = batches(3, arguments.tokens, arguments.device)
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for batch in data:
+            step(model, optimizer, batch)
+        return torch.cuda.max_memory_allocated() - before
+    before, peak, done = _resident(), [0], threading.Event()
+
+    def watch() -> None:  # preparation may have peaked higher than training does, so ru_maxrss will not do
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for batch in data:
+        step(model, optimizer, batch)
+    done.set()
+    watcher.join()
+    return max(peak[0], _resident()) - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/train_step.json"))
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(peak_memory(arguments.memory_of, arguments))
+        return
+    variants = list(VARIANTS)
+    try:
+        import torchao
+    except ImportError:
+        torchao = None
+        variants.remove("torchao")
+    seconds = {v: statistics.median(t) for v, t in times(variants, arguments).items()}
+    memory = {}
+    for variant in variants:
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
+        memory[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    table = Table(title=f"embedded model, {arguments.tokens} tokens a step, w4a16 g{arguments.group_size}")
+    for column in ("training", "s/step (median)", "ratio", "peak MB", "ratio"):
+        table.add_column(column, justify="left" if column == "training" else "right")
+    for v in variants:
+        table.add_row(
+            v,
+            f"{seconds[v]:.3f}",
+            f"{seconds[v] / seconds['plain']:.3f}",
+            f"{memory[v] / 1e6:.0f}",
+            f"{memory[v] / memory['plain']:.3f}",
+        )
+    Console().print(table)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts |= {"torchao": getattr(torchao, "__version__", None), "tokens": arguments.tokens, "rounds": arguments.rounds}
+    arguments.json.write_text(
+        json.dumps({**facts, "group_size": arguments.group_size, "seconds": seconds, "peak_bytes": memory}, indent=2)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

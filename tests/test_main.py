@@ -1,0 +1,182 @@
+"""The whole job through its front door, on a tiny model: `train.py`, sweeps, resume, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qat.data.documents import python_stdlib
+from qat.main import main
+from qat.report import read_summary
+from qat.tasks.models import new_llama
+
+ROOT = Path(__file__).parents[1]
+
+PROMISED = {
+    "recipe", "scheme", "model", "data", "corpus_digest", "seed", "steps", "tokens", "float_loss", "ptq_loss",
+    "ptq_mse_loss", "qat_loss", "control_loss", "control_ptq_loss", "packed_loss", "qat_minus_control_ptq",
+    "qat_minus_control_ptq_interval", "recovery", "recovery_interval", "recovery_over_control",
+    "recovery_over_control_interval", "float_bytes", "packed_bytes", "export_dir", "seconds", "versions",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with a tiny model and a small text, and the words of a job that uses them."""
+    folder = tmp_path_factory.mktemp("job")
+    documents = sorted(python_stdlib(), key=lambda d: len(d.text))[60:180]
+    (folder / "text.txt").write_text("<|split|>".join(d.text for d in documents))
+    model, tokenizer = new_llama(
+        "tiny", documents, 300, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    words = f"""recipe=llama_int4_qat model=hf model.name={folder}/model data=text data.source.path={folder}/text.txt
+        data.source.separator='<|split|>' data.seq_len=32 data.batch_size=4 data.windows_per_document=2
+        trainer.max_steps=8 trainer.val_check_interval=4 trainer.enable_progress_bar=false logger=csv
+        optim.lr=1e-3 checkpoint_every=3 control_dir={folder}/controls""".split()
+    return folder, words
+
+
+def train(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    main()
+
+
+def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_path, capsys):
+    _, words = job
+    out = tmp_path / "run"
+    train(monkeypatch, *words, f"hydra.run.dir={out}")
+    raw = json.loads((out / "summary.json").read_text())
+    assert raw.keys() >= PROMISED
+    assert raw["packed_loss"] == pytest.approx(raw["qat_loss"], abs=1e-6)  # the same float32 products, summed alike
+    assert raw["steps"] == 8 and raw["tokens"] == 8 * 4 * 32
+    assert raw["packed_bytes"] / raw["float_bytes"] == pytest.approx((128 / 2 + 2) / 256)  # a row of 128: codes, scale
+    assert [row["step"] for row in raw["history"]] == [4, 8]
+    assert raw["control_loss"] < raw["float_loss"]  # it was trained
+    assert "PTQ(control)" in capsys.readouterr().out  # the table
+    assert (out / "report.html").stat().st_size > 10_000
+    assert "recovery/qat_loss" in (out / "metrics" / "metrics.csv").read_text()
+    AutoModelForCausalLM.from_pretrained(out / "export")
+
+
+def test_a_sweep_trains_the_control_once_for_each_seed(job, monkeypatch, tmp_path):
+    _, words = job
+    controls = tmp_path / "controls"
+    words = [w for w in words if not w.startswith("control_dir")] + [f"control_dir={controls}"]
+    train(monkeypatch, "-m", *words, "quant=w8a8,w4a8", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
+    summaries = [read_summary(tmp_path / "sweep" / str(job)) for job in range(4)]
+    assert {(s["scheme"], s["seed"]) for s in summaries} == {
+        ("w8a8-channel", 0), ("w8a8-channel", 1), ("w4a8-g128", 0), ("w4a8-g128", 1)
+    }  # fmt: skip
+    assert len(list(controls.iterdir())) == 2
+    by_seed = {s["seed"]: s["control_loss"] for s in summaries}
+    assert all(s["control_loss"] == by_seed[s["seed"]] for s in summaries)
+    for summary in summaries:
+        assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+
+
+def test_without_quantization_the_job_is_plain_training_with_a_float_export(job, monkeypatch, tmp_path):
+    _, words = job
+    train(monkeypatch, *words, "quant=none", "export_dtype=bfloat16", f"hydra.run.dir={tmp_path}/run")
+    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert read_summary(tmp_path / "run")["recovery"] is None
+
+
+def command(words, *more) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *words, *more]
+
+
+def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_path):
+    _, words = job
+    train(
+        monkeypatch, *words, "trainer.max_steps=30", "trainer.val_check_interval=10", f"hydra.run.dir={tmp_path}/whole"
+    )
+    words = [*words, "trainer.max_steps=30", "trainer.val_check_interval=10", f"hydra.run.dir={tmp_path}/cut"]
+    process = subprocess.Popen(command(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "cut" / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=240)
+    if not (tmp_path / "cut" / "summary.json").exists():  # it may have finished before the signal came
+        assert process.returncode != 0 and "resume=true" in output, output
+        train(monkeypatch, *words, "resume=true")
+    whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
+    assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
+
+
+BAD = {
+    "unknown recipe": (["recipe=llama_int4_qta"], "no recipe is called 'llama_int4_qta'; did you mean llama_int4_qat?"),
+    "unknown scheme": (["quant=w4a61"], "did you mean w4a16?"),
+    "unknown key": (["optim.lrr=1"], "did you mean optim.lr?"),
+    "unknown added key": (["+trainer.max_step=1"], "did you mean max_steps?"),
+    "group size": (["quant.weight.group_size=100"], "layers.0.self_attn.q_proj: group_size 100 does not divide 128"),
+    "nonsense scheme": (["quant.weight.granularity=channel"], "group_size goes with granularity='group'"),
+    "missing model": (["model.name=./nowhere"], "./nowhere: no such folder"),
+    "missing data": (["data.source.path=nowhere.txt"], "nowhere.txt: no such file or folder"),
+    "short corpus": (["data.source.path={folder}/short.txt"], "split of data text has no usable token"),
+    "long windows": (["data.seq_len=128"], "longer than the model's 64 positions"),
+    "bad control": (["control=maybe"], "control must be run, cached or none"),
+    "NaN weights": (["model.name={folder}/nan"], "lm_head"),
+}
+
+
+@pytest.mark.parametrize("words,message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_before_anything_long(words, message, job, monkeypatch, tmp_path, capsys):
+    folder, base = job
+    (folder / "short.txt").write_text("x = 1")
+    if not (folder / "nan").exists():
+        (folder / "nan").mkdir()
+        for file in (folder / "model").iterdir():
+            (folder / "nan" / file.name).write_bytes(file.read_bytes())
+        weights = load_file(folder / "model" / "model.safetensors")
+        weights["model.norm.weight"][5] = torch.nan
+        save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    message = message if message != "lm_head" else "parameter model.norm.weight holds 1 NaN"
+    changed = [w.format(folder=folder) for w in words]
+    keys = {w.split("=")[0] for w in changed}
+    base = [w for w in base if w.split("=")[0] not in keys]
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, *base, *changed, f"hydra.run.dir={tmp_path}/run")
+    assert message in str(stopped.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_misspelt_key_inside_a_recipe_is_named(job, monkeypatch, tmp_path):
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.create({"trainer": {"max_stepz": 3}})
+    ConfigStore.instance().store(group="recipe", name="misspelt", node=node, package="_global_")
+    monkeypatch.setattr("qat.config.choices", lambda: {"recipe": ["misspelt"]})
+    with pytest.raises(SystemExit, match=r"trainer\.max_stepz; did you mean max_steps\?"):
+        train(monkeypatch, "recipe=misspelt", f"hydra.run.dir={tmp_path}/run")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_into(job, monkeypatch, tmp_path):
+    _, words = job
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(SystemExit, match=r"holds a run: choose another hydra\.run\.dir, or go on with it by resume=true"):
+        train(monkeypatch, *words, f"hydra.run.dir={out}")
+    assert sorted(out.rglob("*")) == before
+
+
+def test_help_teaches():
+    environment = {**os.environ, "COLUMNS": "100"}
+    shown = subprocess.run(command(["--help"]), capture_output=True, text=True, env=environment).stdout
+    assert "python train.py recipe=llama_int4_qat" in shown and "control:" in shown
