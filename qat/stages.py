@@ -37,6 +37,7 @@ from qat.inference import load_packed
 from qat.insertion import plan
 from qat.report.build import build_summary, write_summary
 from qat.report.html import write_report
+from qat.report.summary import read_summary
 from qat.report.table import run_table
 
 log = logging.getLogger("qat")
@@ -225,8 +226,9 @@ class Run:
             facts |= self._artifact_facts()
         summary = build_summary(facts, losses, figures)
         write_summary(summary, self.out / "summary.json")
-        write_report(summary, self.out / "report.html")
-        Console().print(run_table(summary))
+        read = read_summary(self.out)  # with None for what this run does not have
+        write_report(read, self.out / "report.html")
+        Console().print(run_table(read))
         log.info("summary  %s\nreport   %s", self.out / "summary.json", self.out / "report.html")
         return summary
 
@@ -234,7 +236,7 @@ class Run:
         choices, steps = HydraConfig.get().runtime.choices, self.trainer.global_step
         batch = self.data.batch_size * self.trainer.accumulate_grad_batches * self.data.seq_len
         return {
-            "recipe": choices["recipe"],
+            "recipe": choices["recipe"] or "none",
             "scheme": self.schemes.name,
             "model": self.cfg.model.name,
             "data": self.data.name,

@@ -171,7 +171,9 @@ def test_a_folder_that_holds_a_run_is_not_written_into(job, monkeypatch, tmp_pat
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
     before = sorted(out.rglob("*"))
-    with pytest.raises(SystemExit, match=r"holds a run: choose another hydra\.run\.dir, or go on with it by resume=true"):
+    with pytest.raises(
+        SystemExit, match=r"holds a run: choose another hydra\.run\.dir, or go on with it by resume=true"
+    ):
         train(monkeypatch, *words, f"hydra.run.dir={out}")
     assert sorted(out.rglob("*")) == before
 

@@ -125,7 +125,8 @@ class LanguageData(L.LightningDataModule):
         """Endless batches; the number of steps ends the training, and a resumed run goes on where it was."""
         datasets = self._training
         shares = [1 - self.extra_share, self.extra_share] if len(datasets) > 1 else None
-        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed if self.trainer else 0
+        # Not `completed`: a checkpoint saved in on_train_batch_end has its last batch processed, not completed.
+        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
         sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, start)
         return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
 
