@@ -54,7 +54,7 @@ def _holds_a_run(folder: Path) -> bool:
 def _hydra_main(cfg: DictConfig) -> None:
     try:
         run(cfg, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, InstantiationException) as error:
+    except (ValueError, OSError, InstantiationException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if os.environ.get("QAT_TRACEBACK"):
             raise

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_pat
     assert raw["control_loss"] < raw["float_loss"]  # it was trained
     assert "PTQ(control)" in capsys.readouterr().out  # the table
     assert (out / "report.html").stat().st_size > 10_000
-    assert "recovery/qat_loss" in (out / "metrics" / "metrics.csv").read_text()
+    assert "recovery/qat_loss" in (out / "metrics" / "version_0" / "metrics.csv").read_text()
     AutoModelForCausalLM.from_pretrained(out / "export")
 
 
@@ -182,3 +183,19 @@ def test_help_teaches():
     environment = {**os.environ, "COLUMNS": "100"}
     shown = subprocess.run(command(["--help"]), capture_output=True, text=True, env=environment).stdout
     assert "python train.py recipe=llama_int4_qat" in shown and "control:" in shown
+
+
+def test_a_full_disk_at_export_loses_nothing(job, monkeypatch, tmp_path):
+    _folder, words = job
+    words = [*words, f"hydra.run.dir={tmp_path}/run"]
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as full:
+        full.setattr("qat.export.directory.shutil.disk_usage", lambda path: usage(10**9, 10**9, 0))
+        with pytest.raises(SystemExit, match=r"error: .*could not write .*run/export.*0 free"):
+            train(monkeypatch, *words)
+    assert not (tmp_path / "run" / "export").exists()
+    train(monkeypatch, *words, "resume=true")  # nothing is left to train
+    train(monkeypatch, *words[:-1], f"hydra.run.dir={tmp_path}/whole")
+    whole, late = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], late[name]) for name in whole | late)
+    assert read_summary(tmp_path / "run")["qat_loss"] == read_summary(tmp_path / "whole")["qat_loss"]

@@ -83,6 +83,9 @@ class SafeExit(L.Callback):
             log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
         self._restore()
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)  # whatever fails after training, a full disk at export say, loses nothing
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
 
