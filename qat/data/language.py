@@ -125,10 +125,13 @@ class LanguageData(L.LightningDataModule):
         """Endless batches; the number of steps ends the training, and a resumed run goes on where it was."""
         datasets = self._training
         shares = [1 - self.extra_share, self.extra_share] if len(datasets) > 1 else None
-        # Not `completed`: a checkpoint saved in on_train_batch_end has its last batch processed, not completed.
-        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
-        sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, start)
+        sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, self._batches_done)
         return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
+
+    def _batches_done(self) -> int:
+        # Not `completed`: a checkpoint saved in on_train_batch_end has its last batch processed, not completed.
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
+        return total.processed if total else 0
 
     @cached_property
     def _training(self) -> list[Windows]:
