@@ -53,6 +53,7 @@ class LanguageData(L.LightningDataModule):
         self.windows_per_document, self.calibration_windows = windows_per_document, calibration_windows
         self.extra, self.extra_share = extra, extra_share
         self.tokenizer: Any = None
+        self._batches_done = 0
 
     _remedy = "more documents or a smaller data.seq_len"
 
@@ -78,6 +79,7 @@ class LanguageData(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenize and cut; called by Lightning, and harmless to call twice."""
+        self._batches_done = 0  # a new fit; a resumed one is told by load_state_dict
         if self.tokenizer is None:
             raise ValueError(f"data {self.name} has no tokenizer: set `data.tokenizer` before use")
         for split in SPLITS:
@@ -128,10 +130,15 @@ class LanguageData(L.LightningDataModule):
         sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, self._batches_done)
         return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
 
-    def _batches_done(self) -> int:
+    def state_dict(self) -> dict[str, int]:
+        """How many training batches the run has used; part of every checkpoint."""
         # Not `completed`: a checkpoint saved in on_train_batch_end has its last batch processed, not completed.
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
-        return total.processed if total else 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
+        return {"batches": progress.processed if progress is not None else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Where the next loader starts.  Lightning calls this after `setup` and before it builds any loader."""
+        self._batches_done = state_dict["batches"]
 
     @cached_property
     def _training(self) -> list[Windows]:

@@ -1,6 +1,6 @@
 """From token ids to batches: windows of a fixed length, and a sampler that knows where it stopped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +79,7 @@ class ResumableSampler(Sampler[list[int]]):
         shares: the share of every batch that each source gets in expectation; None: by size.
         batch_size: windows a batch.
         seed: of the order.
-        start: the number of the first batch to yield, or a function that knows it when the first batch is asked
-            for: Lightning may build the loader (`estimated_stepping_batches`) before it restores a checkpoint.
+        start: the number of the first batch to yield.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class ResumableSampler(Sampler[list[int]]):
         batch_size: int,
         seed: int,
         shares: list[float] | None = None,
-        start: int | Callable[[], int] = 0,
+        start: int = 0,
     ):
         self.sizes, self.batch_size, self.seed, self.start = sizes, batch_size, seed, start
         self.shares = torch.tensor(shares if shares else [float(s) for s in sizes])
@@ -103,7 +102,7 @@ class ResumableSampler(Sampler[list[int]]):
         taken = [0] * len(self.sizes)
         cached: dict[int, tuple[int, Tensor]] = {}
         chooser = torch.Generator().manual_seed(self.seed)
-        batch, start = 0, self.start() if callable(self.start) else self.start
+        batch = 0
         while True:  # earlier batches are replayed without loading their data: microseconds each
             indices = []
             for source in torch.multinomial(self.shares, self.batch_size, True, generator=chooser).tolist():
@@ -112,6 +111,6 @@ class ResumableSampler(Sampler[list[int]]):
                     cached[source] = (epoch, self._permutation(source, epoch))
                 indices.append(offsets[source] + int(cached[source][1][position]))
                 taken[source] += 1
-            if batch >= start:
+            if batch >= self.start:
                 yield indices
             batch += 1
