@@ -2,6 +2,8 @@
 
 import logging
 import platform
+import shlex
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -134,7 +136,8 @@ class Run:
 
     def _resume_command(self) -> str:
         words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
-        return " ".join(["python train.py", *words, f"hydra.run.dir={self.out}", "resume=true"])
+        program = ["qat", "train"] if sys.argv[0] == "qat train" else ["python", sys.argv[0]]
+        return shlex.join([*program, *words, f"hydra.run.dir={self.out}", "resume=true"])
 
     # -- control ------------------------------------------------------------------------------------
 
