@@ -24,11 +24,14 @@ from qat.callbacks import QuantizationAwareTraining
 from qat.callbacks.measure import Measure
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
-from qat.estimators import LSQ
+from qat.estimators import LSQ, STE
 from qat.evaluation import DocumentLosses, difference
 from qat.scheme import QuantSpec, uniform
 from qat.tasks.causal_lm import CausalLM
 from qat.tasks.models import load
+
+
+ESTIMATORS = {"lsq": LSQ(), "ste": STE(follow=True)}
 
 
 class TorchaoQAT(L.Callback):
@@ -51,7 +54,7 @@ def ours(group_size: int, arguments: argparse.Namespace) -> QuantizationAwareTra
     return QuantizationAwareTraining(
         schemes,
         calibration=CALIBRATIONS[arguments.calibration],
-        estimator=LSQ(),
+        estimator=ESTIMATORS[arguments.estimator],
         scale_lr=arguments.scale_lr,
         submodule="model",
     )
@@ -92,6 +95,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--scale-lr", type=float, default=1e-4)
     parser.add_argument("--calibration", default="mse", choices=list(CALIBRATIONS))
+    parser.add_argument("--estimator", default="lsq", choices=list(ESTIMATORS), help="ste follows absmax")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 32])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/recovery.json"))
@@ -100,7 +104,9 @@ def main() -> None:
     state = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": {}}
 
     def run(method: str, group: int, lr: float, seed: int) -> dict:
-        tuned = f" scale_lr={arguments.scale_lr:g} {arguments.calibration}" if method == "qat" else ""
+        tuned = (
+            f" {arguments.estimator} scale_lr={arguments.scale_lr:g} {arguments.calibration}" if method == "qat" else ""
+        )
         key = f"{method} g{group} lr={lr:g} seed={seed} steps={arguments.steps}{tuned}"
         if key not in state["runs"]:
             state["runs"][key] = train(method, group, lr, seed, arguments)
