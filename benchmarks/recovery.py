@@ -30,7 +30,6 @@ from qat.scheme import QuantSpec, uniform
 from qat.tasks.causal_lm import CausalLM
 from qat.tasks.models import load
 
-
 ESTIMATORS = {"lsq": LSQ(), "ste": STE(follow=True)}
 
 
