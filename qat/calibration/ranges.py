@@ -26,8 +26,9 @@ class RangeCalibration:
         name: what tables call it.
         weight: `absmax` (round to nearest over the full range) or `mse` (the ratio of that range with the
             smallest squared error).
-        importance: weight the squared error by E[x_j^2] of the layer's inputs over the calibration data:
-            the diagonal of the layer's output error.
+        importance: exponent a of the weights E[x_j^2]^a that the squared error of each input column gets, x being
+            the layer's inputs over the calibration data.  1 is the diagonal of the layer's output error, 0 the
+            plain squared error, which needs no data.
         input: observer of static activations: `absmax`, `ema` or `mse`.
 
     Raises:
@@ -38,13 +39,15 @@ class RangeCalibration:
         self,
         name: str,
         weight: Literal["absmax", "mse"] = "mse",
-        importance: bool = False,
+        importance: float = 0.0,
         input: Literal["absmax", "ema", "mse"] = "mse",
     ):
         if weight not in ("absmax", "mse"):
             raise ValueError(f"calibration {name}: weight must be absmax or mse, got {weight!r}")
         if input not in OBSERVERS:
             raise ValueError(f"calibration {name}: input must be one of {', '.join(OBSERVERS)}, got {input!r}")
+        if not 0 <= importance <= 1:
+            raise ValueError(f"calibration {name}: importance must be in [0, 1], got {importance}")
         if importance and weight != "mse":
             raise ValueError(f"calibration {name}: importance weights a squared error; use weight=mse with it")
         self.name, self.weight, self.importance, self.input = name, weight, importance, input
@@ -52,7 +55,7 @@ class RangeCalibration:
     def needs_data(self, model: nn.Module) -> bool:
         """Whether calibrating `model` runs it on data."""
         static = any(q.scale is not None for q in _input_quantizers(model))
-        return self.importance or static
+        return self.importance > 0 or static
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, run: Callable[[], None]) -> None:
@@ -104,7 +107,8 @@ class RangeCalibration:
             if isinstance(observer, MSE):
                 observer.most = values.shape[1]
                 repeats = rows.numel() // layer.in_features
-                observer.observe(values, None if moment is None else moment.repeat(repeats).view(values.shape))
+                weights = None if moment is None else moment.pow(self.importance).repeat(repeats).view(values.shape)
+                observer.observe(values, weights)
             else:
                 observer.observe(values)
             scales.append(observer.scale().view(-1, stored.shape[1]))

@@ -5,6 +5,7 @@ import netrc
 import os
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def wandb_logger(**settings: Any) -> WandbLogger:
         settings["offline"] = True
         log.info("no W&B API key: logging offline to %s (later: wandb sync)", settings.get("save_dir", "."))
     os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.finish()  # the run of a sweep's job before this one, which Lightning would go on with
     return WandbLogger(**settings)
 
 

@@ -80,6 +80,8 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], layers: Mapping[s
         "provenance": provenance,
     }
     (directory / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n")
+    # safetensors lets only the owner read its files; a server often runs as somebody else.
+    shutil.copymode(directory / SIDE_FILE, directory / WEIGHTS)
 
 
 def sha256(path: Path) -> str:

@@ -94,16 +94,18 @@ def test_a_tensors_only_scale_sees_all_chunks(monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("weight", list(WEIGHTS))
-def test_importance_minimises_the_error_weighted_by_the_layers_inputs(weight):
+def test_importance_minimises_the_error_weighted_by_the_layers_inputs(weight, power):
     scales = torch.logspace(-2, 1, 16)
     data = [(x * scales, mask) for x, mask in batches()]
     real = torch.cat([x[mask] for x, mask in data])
-    moment = real.double().square().sum(0)
+    moment = real.double().square().sum(0).pow(power)
     errors = {}
-    for name in ("mse", "weighted_mse"):
+    calibrations = {"mse": CALIBRATIONS["mse"], "weighted_mse": RangeCalibration("weighted", importance=power)}
+    for name, calibration in calibrations.items():
         model = network(weight)
-        calibrate(CALIBRATIONS[name], model, data)
+        calibrate(calibration, model, data)
         layer = model[0]
         quantized = fake_quantize(layer.weight.detach(), layer.weight_quantizer.scale.detach(), layer.scheme.weight)
         error = (quantized - layer.weight.detach()).double().square() * moment
@@ -115,7 +117,7 @@ def test_importance_minimises_the_error_weighted_by_the_layers_inputs(weight):
 
 @pytest.mark.parametrize("observer", ["absmax", "ema", "mse"])
 @pytest.mark.parametrize("padding", [1e4, torch.nan], ids=["huge", "NaN"])
-@pytest.mark.parametrize("importance", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("importance", [0.0, 0.5], ids=["plain", "importance"])
 def test_padding_never_moves_a_scale(observer, padding, importance):
     calibration = RangeCalibration("test", importance=importance, input=observer)
     clean = calibrate(calibration, network(input=STATIC), batches(0.0))
@@ -166,7 +168,7 @@ def test_a_damaged_weight_names_the_calibration_and_the_layer(bad, name):
 @pytest.mark.parametrize("calibration", ["static", "importance"])
 def test_damaged_activations_name_the_layer(calibration):
     model = network(input=STATIC if calibration == "static" else None)
-    chosen = RangeCalibration("test", importance=calibration == "importance")
+    chosen = RangeCalibration("test", importance=float(calibration == "importance"))
     with pytest.raises(ValueError, match="calibration test, layer 0: NaN or infinite values were observed"):
         calibrate(chosen, model, [(torch.full((1, 2, 16), torch.nan), torch.ones(1, 2))])
 
@@ -175,7 +177,7 @@ def test_damaged_activations_name_the_layer(calibration):
 @pytest.mark.parametrize("data", [[], [(torch.ones(2, 4, 16), torch.zeros(2, 4))]], ids=["no batch", "only padding"])
 def test_data_without_a_usable_token_says_so(calibration, data):
     model = network(input=STATIC if calibration == "static" else None)
-    chosen = RangeCalibration("test", importance=calibration == "importance")
+    chosen = RangeCalibration("test", importance=float(calibration == "importance"))
     with pytest.raises(ValueError, match="layer 0: no value was observed: the calibration data has no usable token"):
         calibrate(chosen, model, data)
 
@@ -226,9 +228,10 @@ def test_calibrating_twice_gives_the_same_scales():
     [
         ({"weight": "ema"}, "weight must be absmax or mse, got 'ema'"),
         ({"input": "max"}, "input must be one of absmax, ema, mse, got 'max'"),
-        ({"weight": "absmax", "importance": True}, "importance weights a squared error; use weight=mse with it"),
+        ({"weight": "absmax", "importance": 0.5}, "importance weights a squared error; use weight=mse with it"),
+        ({"importance": 1.5}, "importance must be in"),
     ],
-    ids=["weight", "input", "importance"],
+    ids=["weight", "input", "importance", "range"],
 )
 def test_contradictory_calibrations_are_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=f"calibration mine: {message}"):

@@ -186,7 +186,7 @@ def test_scales_stay_float32_masters_in_every_precision(precision):
 
 
 def test_calibration_that_needs_data_asks_for_it():
-    calibration = RangeCalibration("weighted_mse", importance=True)
+    calibration = RangeCalibration("weighted_mse", importance=1.0)
     with pytest.raises(ValueError, match="calibration weighted_mse needs data: give the datamodule"):
         fit(Classifier(), int4(calibration=calibration))
     module = Classifier()

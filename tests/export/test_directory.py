@@ -61,3 +61,9 @@ with atomic_directory({str(tmp_path / "m")!r}, 0) as partial:
     with directory.atomic_directory(tmp_path / "m", 0) as partial:  # what was left does not prevent another try
         (partial / "whole").touch()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
+
+
+def test_whoever_may_read_one_file_may_read_the_weights(trained, tmp_path):
+    export(*trained, tmp_path / "m")
+    (tmp_path / "ordinary").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "m").iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
