@@ -15,8 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0, 2 for a wrong call or input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     before = argv[: argv.index("train")] if "train" in argv else None
-    if before in ([], ["--traceback"]) and argv[len(before) + 1 :] not in (["-h"], ["--help"]):
-        # Hydra's own options would collide with argparse's.
+    if before in ([], ["--traceback"]):
+        # Hydra's own options would collide with argparse's, and its --help knows every choice.
         return _guarded(lambda: _train(argv[len(before) + 1 :], bool(before)), bool(before))
     args = _parser().parse_args(argv)
     return _guarded(lambda: args.run(args), args.traceback)
@@ -72,18 +72,8 @@ def _command(commands: Any, name: str, run: Callable[..., None], summary: str, a
 
 
 def _add_train(commands: Any) -> None:
-    _command(
-        commands, "train", lambda args: _train([]), "train, quantize, export and report, as a recipe says",
-        """A run measures the float model, the
-same quantized without training, QAT, and a control, and ends in a packed model, summary.json
-and report.html. Everything after `train` goes to Hydra: recipe=NAME, group=choice, key=value, -m for sweeps,
---hydra-help for the rest.""",
-        """\
-  qat train recipe=llama_int4_qat
-  qat train recipe=llama_int4_qat seed=1 trainer.max_steps=300
-  qat train -m recipe=llama_int4_qat seed=0,1,2     three seeds, then: qat compare multirun/
-  qat train recipe=llama_int4_qat --cfg job         what would run, composed""",
-    )  # fmt: skip
+    # For `qat --help` alone: `main` hands everything after `train` to Hydra, whose help knows every choice.
+    commands.add_parser("train", help="train, quantize, export and report, as a recipe says")
 
 
 def _train(rest: list[str], traceback: bool = False) -> None:

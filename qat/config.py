@@ -75,7 +75,10 @@ def _check_job(overrides: list[str]) -> None:
     chosen = dict(config.hydra.runtime.choices)
     with_hydra: Any = OmegaConf.to_container(config, resolve=False)
     with_hydra.pop("hydra")
-    problems = list(unknown_keys(OmegaConf.create(with_hydra), chosen))
+    ours = OmegaConf.create(with_hydra)
+    if missing := [key for key in _dotted(ours) if OmegaConf.is_missing(*_leaf(ours, key))]:
+        raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=...")
+    problems = list(unknown_keys(ours, chosen))
     if problems:
         raise ValueError("unknown configuration keys (in a recipe, or added with +):\n  " + "\n  ".join(problems))
 
@@ -168,3 +171,12 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
             yield from _dotted(child, f"{prefix}{key}.")
+
+
+def _leaf(config: DictConfig, dotted: str) -> tuple[Any, str]:
+    """The node that holds a dotted key, and the key's last part; nothing is resolved on the way."""
+    node: Any = config
+    *above, last = dotted.split(".")
+    for part in above:
+        node = node._get_node(part)
+    return node, last

@@ -36,10 +36,15 @@ def main() -> None:
 
 
 def _check_folder(words: list[str]) -> None:
-    """Refuse a run folder that holds a run, before Hydra writes into it."""
+    """Refuse to start in a run folder that holds a run, or to resume one that is not there, before Hydra writes."""
     given = dict(w.split("=", 1) for w in words if "=" in w)
     folder = Path(given.get("hydra.run.dir", ""))
-    if "hydra.run.dir" in given and given.get("resume", "false").lower() != "true" and _holds_a_run(folder):
+    if given.get("resume", "false").lower() == "true":
+        if "hydra.run.dir" not in given:
+            raise ValueError("resume=true needs hydra.run.dir=FOLDER: which run goes on")
+        if not folder.is_dir():
+            raise ValueError(f"resume=true: there is no run folder {folder}")
+    elif "hydra.run.dir" in given and _holds_a_run(folder):
         raise ValueError(
             f"the run folder {folder} exists and holds a run: choose another hydra.run.dir, or go on with it by "
             "resume=true"

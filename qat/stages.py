@@ -22,7 +22,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS
-from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, Recovery, SafeExit
+from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -35,12 +35,15 @@ from qat.callbacks.control import (
 from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
 from qat.export import write_float
+from qat.export.compressed_tensors import refusal
 from qat.inference import load_packed
-from qat.insertion import plan
+from qat.insertion import plan, untie
 from qat.report.build import build_summary, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
+from qat.resume import check_resume
+from qat.scheme import QuantScheme
 
 log = logging.getLogger("qat")
 
@@ -95,6 +98,8 @@ class Run:
         """A fresh LightningModule around the float model; equal every time it is called."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
+        if self.schemes.quantizes and self.cfg.callbacks.quantization.untie:
+            untie(model)  # here, so that the control is trained as QAT is
         self.data.tokenizer = self.tokenizer = tokenizer
         return instantiate(self.cfg.task, model=model, **self.cfg.optim)
 
@@ -103,14 +108,20 @@ class Run:
         if self.cfg.control not in ("run", "cached", "none"):
             raise ValueError(f"control must be run, cached or none, got {self.cfg.control!r}")
         self.data.setup()
+        model: Any = task.model
         if self.schemes.quantizes:
-            quantization = self._quantization()
-            if not quantization.untie:
-                plan(quantization.quantized(task), self.schemes)
-        limit = getattr(task.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+            self._check_export(plan(self._quantization().quantized(task), self.schemes), model)
+        limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.data.seq_len > limit:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
-        self.digest = weights_digest(task)
+        self.digest, self.architecture = weights_digest(task), model.config.to_dict()
+        check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)
+
+    def _check_export(self, chosen: dict[str, QuantScheme], model: Any) -> None:
+        trained = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision, model.dtype)
+        dtype = self._export_dtype() or trained
+        if problems := [f"{name}: {why}" for name, s in chosen.items() if (why := refusal(s, dtype)) is not None]:
+            raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 
     # -- trainers -----------------------------------------------------------------------------------
 
@@ -129,7 +140,7 @@ class Run:
         trainer = self.cfg.trainer
         # The data is endless; told where the run ends, the progress bar knows what is left.
         settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
-        guards = [NaNGuard(), SafeExit(last, self._resume_command()), every]
+        guards = [RandomState(self.cfg.seed), NaNGuard(), SafeExit(last, self._resume_command()), every]
         return instantiate(
             self.cfg.trainer, callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings
         )
@@ -148,6 +159,7 @@ class Run:
         self.control_at = control_folder(
             Path(self.cfg.control_dir),
             model=self.digest,
+            architecture=self.architecture,
             batches=self.data.digest,
             task=OmegaConf.to_container(self.cfg.task, resolve=True),
             optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
@@ -200,7 +212,10 @@ class Run:
         self.exported_to = self.export.exported.directory
 
     def _export_dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.cfg.export_dtype) if self.cfg.export_dtype else None
+        name = self.cfg.export_dtype
+        if name not in (None, "bfloat16", "float16", "float32"):
+            raise ValueError(f"export_dtype must be bfloat16, float16, float32 or null, got {name!r}")
+        return getattr(torch, name) if name else None
 
     def _export_folder(self) -> Path:
         """`export`, or the next free `export-N`: a resumed run keeps what was exported before."""
@@ -211,7 +226,7 @@ class Run:
         """Losses of the artifact, run from its integers by the reference."""
         assert self.export.exported is not None
         trained = task.model
-        packed, _ = load_packed(self.export.exported.directory)
+        packed, _ = load_packed(self.export.exported.directory, device=self.trainer.strategy.root_device)
         task.model = packed
         try:
             measured = Measure(self.trainer, task, self._quantization())("packed", ("test",))

@@ -25,13 +25,14 @@ MAY = {
     "report": ["evaluation"],
     "callbacks": [*CORE, "calibration", "training", "evaluation", "export"],
     "config": [],
+    "resume": [],
     "__init__": [*CORE, "calibration", "training"],
     **dict.fromkeys(["stages", "main", "cli"], None),  # anything
 }
 ONLY_IN = {
     "lightning": {"callbacks", "tasks", "data", "stages", "main"},
     "hydra": {"config", "main", "stages"},
-    "omegaconf": {"config", "main", "stages"},
+    "omegaconf": {"config", "main", "resume", "stages"},
     "wandb": {"callbacks", "report"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -66,7 +66,8 @@ def test_recipes_choose_a_quant_file_and_never_set_its_leaves(path):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    config.check_overrides([option])
+    needed = {"data=chat": ["data.path=x.jsonl"], "model=hf": ["model.name=a/b"]}  # only the user knows these
+    config.check_overrides([option, *needed.get(option, [])])
 
 
 @pytest.mark.parametrize("name", config.choices()["quant"])
@@ -186,6 +187,11 @@ def test_a_misspelt_choice_is_named_with_the_nearest(override, message):
 )
 def test_what_the_help_shows_is_accepted(overrides):
     config.check_overrides(overrides)
+
+
+def test_a_value_that_only_the_user_knows_is_asked_for():
+    with pytest.raises(ValueError, match=r"model\.name must be given: model\.name="):
+        config.check_overrides(["recipe=llama_int4_qat", "model=hf"])
 
 
 def test_every_recipe_of_a_sweep_is_checked_and_not_only_the_first(recipe):

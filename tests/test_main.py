@@ -131,6 +131,13 @@ BAD = {
     "short corpus": (["data.source.path={folder}/short.txt"], "split of data text has no usable token"),
     "long windows": (["data.seq_len=128"], "longer than the model's 64 positions"),
     "bad control": (["control=maybe"], "control must be run, cached or none"),
+    "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
+    "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
+    "a width that the export cannot hold": (["quant.weight.bits=3"], "3-bit weights"),
+    "a group size that does not divide an untied layer": (
+        ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
+        "group_size 100 does not divide 128",
+    ),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 
@@ -154,6 +161,25 @@ def test_bad_input_is_refused_before_anything_long(words, message, job, monkeypa
         train(monkeypatch, *base, *changed, f"hydra.run.dir={tmp_path}/run")
     assert message in str(stopped.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tied_head_is_untied_for_the_control_too(job, monkeypatch, tmp_path):
+    _, words = job
+    train(monkeypatch, *words, "callbacks.quantization.untie=true", "quant.ignore=[]", f"hydra.run.dir={tmp_path}/run")
+    assert "lm_head.weight_packed" in load_file(tmp_path / "run" / "export" / "model.safetensors")
+    summary = read_summary(tmp_path / "run")
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+
+
+def test_resume_says_which_run_and_goes_on_with_what_it_started_with(job, monkeypatch, tmp_path):
+    _, words = job
+    with pytest.raises(SystemExit, match=r"resume=true needs hydra\.run\.dir"):
+        train(monkeypatch, *words, "resume=true")
+    with pytest.raises(SystemExit, match="there is no run folder"):
+        train(monkeypatch, *words, "resume=true", f"hydra.run.dir={tmp_path}/nowhere")
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/run")
+    with pytest.raises(SystemExit, match=r"was started with optim\.lr=0\.001, and resume=true goes on with that"):
+        train(monkeypatch, *words, "optim.lr=1e-4", "resume=true", f"hydra.run.dir={tmp_path}/run")
 
 
 def test_a_misspelt_key_inside_a_recipe_is_named(job, monkeypatch, tmp_path):
@@ -182,7 +208,7 @@ def test_a_folder_that_holds_a_run_is_not_written_into(job, monkeypatch, tmp_pat
 def test_help_teaches():
     environment = {**os.environ, "COLUMNS": "100"}
     shown = subprocess.run(command(["--help"]), capture_output=True, text=True, env=environment).stdout
-    assert "python train.py recipe=llama_int4_qat" in shown and "control:" in shown
+    assert "qat train recipe=llama_int4_qat" in shown and "control:" in shown and "w4a8" in shown
 
 
 def test_a_full_disk_at_export_loses_nothing(job, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
 from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
 
-__all__ = ["Export", "NaNGuard", "QuantizationAwareTraining", "Recovery", "SafeExit"]
+__all__ = ["Export", "NaNGuard", "QuantizationAwareTraining", "RandomState", "Recovery", "SafeExit"]

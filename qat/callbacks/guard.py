@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class NaNGuard(L.Callback):
-    """Raises ValueError at the first batch or loss that is not finite, before the weights change."""
+    """Raises ValueError at the first batch, loss or gradient that is not finite, before the weights change.
+
+    Gradients are left to the gradient scaler where there is one (float16): it skips such steps by itself.
+    """
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -30,7 +33,20 @@ class NaNGuard(L.Callback):
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss of step {trainer.global_step} is {loss.item()}; the weights are those before it. "
-                "Try a lower optim.lr or qat.scale_lr, or resume from an earlier checkpoint"
+                "Try a lower learning rate, of the weights or of the scales"
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.scaler is not None:
+            return
+        named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
+        if named and not torch.isfinite(torch.stack(torch._foreach_norm([g for _, g in named]))).all():
+            bad = next(n for n, g in named if not torch.isfinite(g).all())
+            raise ValueError(
+                f"the gradient of {bad} at step {trainer.global_step} holds NaN or infinite values; the weights are "
+                "those before it. Try a lower learning rate, of the weights or of the scales"
             )
 
 
@@ -55,6 +71,7 @@ class SafeExit(L.Callback):
     def __init__(self, path: str | Path, command: str):
         self.path, self.command = Path(path), command
         self.asked = False
+        self._step = 0  # optimizer steps before the batch under way
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,23 +85,32 @@ class SafeExit(L.Callback):
         self.asked = True
         log.warning("stopping after this step (once more: at once, losing what came after the last checkpoint)")
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.asked:
+        # A checkpoint holds no gradients: one amid the batches of an accumulated step would lose them.
+        if not self.asked or trainer.global_step == self._step:
             return
         trainer.save_checkpoint(self.path)
         log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
         raise KeyboardInterrupt
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, ValueError) and trainer.global_step and not self.asked:
-            trainer.save_checkpoint(self.path)  # NaNGuard raised: the weights are whole
+        whole = all(torch.isfinite(p).all() for p in pl_module.parameters())  # else the last checkpoint is better
+        if isinstance(exception, ValueError) and trainer.global_step and whole and not self.asked:
+            trainer.save_checkpoint(self.path)
             log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
         self._restore()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(self.path)  # whatever fails after training, a full disk at export say, loses nothing
+        if 0 < trainer.max_steps <= trainer.global_step:  # no step is left that Ctrl-C could wait for
+            self._restore()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()

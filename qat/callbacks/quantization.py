@@ -77,13 +77,13 @@ class QuantizationAwareTraining(L.Callback):
     # -- insertion ----------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
         built_later = type(pl_module).configure_model is not L.LightningModule.configure_model
         if any(isinstance(m, nn.Linear) for m in pl_module.modules()) or not built_later:
             self._insert(pl_module)
         else:
             _after(pl_module, "configure_model", lambda _: self._insert(pl_module))
+        if stage != "fit":  # validating or testing a checkpoint needs the quantizers, and no optimizer
+            return
         original = pl_module.configure_optimizers
 
         @functools.wraps(original)

@@ -13,6 +13,7 @@ from qat.evaluation.losses import DocumentLosses
 
 RESAMPLES = 4000
 COVERAGE = 0.95
+_DRAWS_AT_ONCE = 1 << 20  # bounds the memory of a bootstrap over many documents
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Estimate:
 
 def _resampled(losses: DocumentLosses) -> np.ndarray:
     """Loss (nats per token) of each bootstrap resample, (RESAMPLES,); equal draws for equal counts of documents."""
-    documents = len(losses.nll)
-    draws = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES)
-    # A resample without a single labelled token has no loss; only tiny sets of documents can produce one.
-    with np.errstate(invalid="ignore"):
-        return (draws @ losses.nll) / (draws @ losses.tokens)
+    documents, random = len(losses.nll), np.random.default_rng(0)
+    rows = max(1, _DRAWS_AT_ONCE // documents)
+    resampled = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = random.integers(documents, size=(min(rows, RESAMPLES - start), documents))
+        # A resample without a single labelled token has no loss; only tiny sets of documents can produce one.
+        with np.errstate(invalid="ignore"):
+            resampled.append(losses.nll[drawn].sum(1) / losses.tokens[drawn].sum(1))
+    return np.concatenate(resampled)
 
 
 def _percentiles(samples: np.ndarray) -> tuple[float, float]:

@@ -63,19 +63,20 @@ def atomic_directory(target: str | Path, bytes_needed: int) -> Iterator[Path]:
 
 
 def write_weights(directory: Path, tensors: dict[str, Tensor], layers: Mapping[str, Any], provenance: Any) -> None:
-    """Write `model.safetensors`, and the side file by which a reader knows that it is whole.
+    """Write `model.safetensors`, and the side file by which a reader knows that the directory is whole.
 
     Args:
-        directory: existing.
+        directory: existing, with all other files in it.
         tensors: by name; contiguous, none shared.
         layers: of the side file: the scheme, shape and trained dtype of each quantized layer.
         provenance: of the side file: where the model comes from; plain values.
     """
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    files = sorted(path for path in directory.iterdir() if path.is_file())
     side = {
         "format_version": SIDE_VERSION,
         "qat_version": qat.__version__,
-        "files": {WEIGHTS: {"bytes": (directory / WEIGHTS).stat().st_size, "sha256": sha256(directory / WEIGHTS)}},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
         "layers": dict(layers),
         "provenance": provenance,
     }

@@ -68,17 +68,23 @@ def _schemes(directory: Path) -> dict[str, QuantScheme]:
         log.warning("%s has no %s: not written by qat, so that damage goes unnoticed", directory, SIDE_FILE)
         settings = json.loads((directory / "config.json").read_text()).get("quantization_config", {"config_groups": {}})
         return foreign_schemes(directory / WEIGHTS, settings)
-    side = json.loads((directory / SIDE_FILE).read_text())
+    try:
+        side = json.loads((directory / SIDE_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / SIDE_FILE} is damaged ({error}): copy the directory again") from error
     if side["format_version"] > SIDE_VERSION:
         raise ValueError(
             f"{directory / SIDE_FILE}: format {side['format_version']} is newer than this qat reads ({SIDE_VERSION}): "
             f"upgrade qat to {side['qat_version']} or later"
         )
-    _check_whole(directory / WEIGHTS, side["files"][WEIGHTS])
+    for name, written in side["files"].items():
+        _check_whole(directory / name, written)
     return {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
 
 
 def _check_whole(path: Path, written: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a partial copy; copy the directory again")
     if path.stat().st_size != written["bytes"]:
         raise ValueError(f"{path}: {path.stat().st_size} bytes of {written['bytes']}: truncated; copy it again")
     if sha256(path) != written["sha256"]:

@@ -52,28 +52,63 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+class BadGradient(L.Callback):
+    """A finite loss whose gradient is not, at step 3."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 3:
+            pl_module.network[2].weight.grad[1, 2] = torch.inf
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_never_reaches_the_checkpoint(tmp_path):
+    path, clean = tmp_path / "last.ckpt", Classifier()
+    data = digits(batch_size=1500)[0]
+    with pytest.raises(ValueError, match=r"the gradient of network.2.weight at step 3 holds NaN"):
+        trainer(BadGradient(), NaNGuard(), SafeExit(path, "again"), max_epochs=-1).fit(Classifier(), data)
+    trainer(steps=3, max_epochs=-1).fit(clean, data)
+    saved = torch.load(path, weights_only=False)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in clean.state_dict().items())
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(tmp_path):
+    class Spoilt(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                pl_module.network[0].weight[0, 0] = torch.nan
+            raise ValueError("spoilt")
+
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"good")
+    with pytest.raises(ValueError, match="spoilt"):
+        trainer(Spoilt(), SafeExit(path, "again")).fit(Classifier(), digits()[0])
+    assert path.read_bytes() == b"good"
+
+
 class Interrupt(L.Callback):
-    """Presses Ctrl-C in the middle of a step."""
+    """Presses Ctrl-C in the middle of a batch, counted from 0."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, at):
+        self.at, self.seen = at, 0
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == self.step:
+    def on_after_backward(self, trainer, pl_module):
+        if self.seen == self.at:
             os.kill(os.getpid(), signal.SIGINT)
+        self.seen += 1
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(tmp_path, caplog):
-    path, data = tmp_path / "last.ckpt", digits(batch_size=1500)[0]
+@pytest.mark.parametrize("accumulate,at", [(1, 4), (2, 8), (2, 9)], ids=["plain", "first half", "second half"])
+def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(tmp_path, caplog, accumulate, at):
+    path, data = tmp_path / "last.ckpt", digits(batch_size=1500 // accumulate)[0]  # one step an epoch
     whole, stopped, resumed = (Classifier("cosine") for _ in range(3))
     before = signal.getsignal(signal.SIGINT)
-    trainer(int4(), max_epochs=-1).fit(whole, data)
+    settings = {"max_epochs": -1, "accumulate_grad_batches": accumulate}
+    trainer(int4(), **settings).fit(whole, data)
     with pytest.raises(SystemExit):  # Lightning's way out after KeyboardInterrupt
-        trainer(int4(), SafeExit(path, "python train.py resume=true"), Interrupt(4), max_epochs=-1).fit(stopped, data)
+        trainer(int4(), SafeExit(path, "python train.py resume=true"), Interrupt(at), **settings).fit(stopped, data)
     assert "go on with\n  python train.py resume=true" in caplog.text
     assert signal.getsignal(signal.SIGINT) in (before, signal.SIG_IGN, signal.default_int_handler)
     signal.signal(signal.SIGINT, before)
     assert torch.load(path, weights_only=False)["global_step"] == 5  # the step under way was finished
-    trainer(int4(), max_epochs=-1).fit(resumed, data, ckpt_path=path, weights_only=False)
+    trainer(int4(), **settings).fit(resumed, data, ckpt_path=path, weights_only=False)
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name

@@ -164,6 +164,18 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, estimator, tmp_
         assert torch.equal(value, resumed), name
 
 
+@pytest.mark.parametrize("kind", [Classifier, LateClassifier])
+def test_a_checkpoint_is_validated_by_a_new_trainer(kind, tmp_path):
+    module, loaders = kind(), digits()
+    run = trainer(int4(), limit_val_batches=4, val_check_interval=2)
+    run.fit(module, *loaders)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    (trained,) = run.validate(module, loaders[1], verbose=False)
+    fresh = trainer(int4(), limit_val_batches=4)
+    (loaded,) = fresh.validate(kind(), loaders[1], ckpt_path=tmp_path / "x.ckpt", weights_only=False, verbose=False)
+    assert loaded == trained
+
+
 def test_evaluation_does_not_move_the_schedule():
     module = Classifier()
     callback = int4(start_step=3)

@@ -189,6 +189,28 @@ def test_a_file_with_one_changed_bit_is_refused(artifact):
         load_packed(directory)
 
 
+def test_every_file_of_an_export_is_known_by_its_hash(artifact):
+    directory, _ = artifact()
+    side = json.loads((directory / "qat.json").read_text())
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.name != "qat.json"}
+    assert {name: written["sha256"] for name, written in side["files"].items()} == found
+    assert "config.json" in found
+
+
+def test_a_config_that_was_tampered_with_is_refused_by_name(artifact):
+    directory, _ = artifact()
+    edit(directory / "config.json", rms_norm_eps=0.1)  # the model would load, and answer differently
+    with pytest.raises(ValueError, match=r"config.json: (\d+ bytes of|its SHA-256 is not)"):
+        load_packed(directory)
+
+
+def test_a_damaged_side_file_is_named(artifact):
+    directory, _ = artifact()
+    (directory / "qat.json").write_text('{"format_version":')
+    with pytest.raises(ValueError, match=r"qat.json is damaged"):
+        load_packed(directory)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_missing_file_is_named(name, artifact):
     directory, _ = artifact()
@@ -206,6 +228,7 @@ def test_a_newer_format_is_refused_by_version(artifact):
 
 def test_a_config_of_another_shape_is_refused(artifact):
     directory, _ = artifact()
+    (directory / "qat.json").unlink()  # which would notice that the config is another
     edit(directory / "config.json", intermediate_size=320)
     with pytest.raises(ValueError, match=r"the model has .*config.json differs"):
         load_packed(directory)
@@ -213,9 +236,8 @@ def test_a_config_of_another_shape_is_refused(artifact):
 
 def test_tensors_that_the_file_lacks_are_named(artifact):
     directory, _ = artifact()
+    (directory / "qat.json").unlink()
     edit(directory / "config.json", num_hidden_layers=3)
-    side = json.loads((directory / "qat.json").read_text())
-    assert hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest() in str(side["files"])
     with pytest.raises(ValueError, match=r"9 tensors are missing \(model.layers.2."):
         load_packed(directory)
 

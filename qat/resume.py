@@ -1,0 +1,59 @@
+"""A run goes on with what it started with: a resumed one that was told otherwise is refused before anything is lost."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+RECORD = "run.json"
+
+# What may differ between a run and its continuation: nothing that a weight or a figure depends on.
+_FREE = (
+    "resume", "logger", "checkpoint_every", "control", "control_dir", "export_dtype", "recipe", "sweep",
+    "trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+)  # fmt: skip
+
+
+def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
+    """Compare a run with its record in `out`, or write the record where there is none.
+
+    Args:
+        out: the run's folder.
+        cfg: as composed.
+        digests: of what the config only names, such as the model's weights.
+
+    Raises:
+        ValueError: something that the trained weights depend on has changed; names the key and both values.
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    named = {f"digest of {name}": value for name, value in digests.items()}
+    now = json.loads(json.dumps(dict(_flat({**plain, **named})), default=str))  # as it will be read back
+    path = out / RECORD
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=1) + "\n")
+        os.replace(temporary, path)
+        return
+    before = json.loads(path.read_text())
+    for key in [*now, *before]:
+        if now.get(key) != before.get(key):
+            raise ValueError(
+                f"{out} was started with {key}={before.get(key)}, and resume=true goes on with that, not with "
+                f"{now.get(key)}: leave {key} as it was, or start a new run in another hydra.run.dir"
+            )
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf that a continuation may not change."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if name in _FREE or name.startswith("hydra"):
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from qat.resume import RECORD, check_resume
+
+CONFIG = {
+    "seed": 0,
+    "optim": {"lr": 3e-4, "betas": [0.9, 0.95]},
+    "trainer": {"max_steps": 8, "enable_progress_bar": True},
+    "logger": {"save_dir": "a"},
+    "resume": False,
+}
+
+
+def check(out, **changes) -> None:
+    config = OmegaConf.create(CONFIG)
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    check_resume(out, config, model="abc")
+
+
+def test_the_same_run_goes_on(tmp_path):
+    check(tmp_path)
+    check(tmp_path, resume=True)
+
+
+def test_what_no_weight_depends_on_may_change(tmp_path):
+    check(tmp_path)
+    check(tmp_path, **{"logger.save_dir": "b", "trainer.enable_progress_bar": False})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("optim.lr", 1e-4), ("trainer.max_steps", 16), ("seed", 1), ("optim.betas", [0.9, 0.99])]
+)
+def test_a_changed_key_is_refused_by_name_and_the_record_stays(tmp_path, key, value):
+    check(tmp_path)
+    before = (tmp_path / RECORD).read_text()
+    with pytest.raises(ValueError, match=rf"was started with {key}=.*leave {key} as it was, or start a new run"):
+        check(tmp_path, **{key: value})
+    assert (tmp_path / RECORD).read_text() == before
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path):
+    check(tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text())["digest of model"] == "abc"
+    with pytest.raises(ValueError, match="digest of model=abc"):
+        check_resume(tmp_path, OmegaConf.create(CONFIG), model="xyz")
