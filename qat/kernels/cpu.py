@@ -1,0 +1,161 @@
+"""`qat::packed_linear` on CPUs, by the C++ kernels in csrc/cpu/: w4a16, w8a16, w4a8, w8a8 from the packed bytes.
+
+    tokens      weight-only                                  integer activations
+    few         own kernels, q * x in float32                own kernels, integer sums over each group
+    many        tiles of dequantized weights, torch's matmul     "
+
+Activations are quantized only where the scheme says so.  Sums are float32 (or int32), and rounded to x's dtype once.
+"""
+
+import ctypes
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.kernels import build
+from qat.kernels.build import BuildError
+from qat.kernels.reference import input_spec
+
+log = logging.getLogger(__name__)
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# From here on torch's matrix product over dequantized tiles is faster than the own kernels; benchmarks/cpu_linear.py.
+MANY_TOKENS = 16
+TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
+MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
+
+
+class Kernels:
+    """The functions of a compiled library.
+
+    Args:
+        library: as `qat.kernels.build.load` returns it.
+        isa: 0 portable, 1 AVX2, 2 AVX512 with VNNI; the best that the machine has by default.
+    """
+
+    def __init__(self, library: ctypes.CDLL, isa: int | None = None):
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self.linear = library.qat_linear
+        self.linear.argtypes = [pointer] * 5 + [size] * 5 + [number] * 5 + [ctypes.c_float] * 2 + [number] * 2
+        self.dequantize = library.qat_dequantize
+        self.dequantize.argtypes = [pointer] * 3 + [size] * 4 + [number] * 5
+        self.dequantize.restype = None
+        self.isa = library.qat_cpu_isa() if isa is None else isa
+
+
+@cache
+def _built() -> Kernels | BuildError:
+    try:
+        return Kernels(build.load())
+    except BuildError as error:
+        return error
+
+
+def kernels() -> Kernels:
+    """The compiled kernels; compiles them at the first call of a machine's user, which takes some seconds.
+
+    Raises:
+        BuildError: they cannot be compiled; holds the compiler's output.
+    """
+    built = _built()
+    if isinstance(built, BuildError):
+        raise built
+    return built
+
+
+def unsupported(bits: int, group_size: int, in_features: int, input_bits: int = 0) -> str | None:
+    """Why the kernels cannot compute a layer, or None where they can."""
+    if bits not in (4, 8):
+        return f"weights of {bits} bits"
+    if group_size != in_features and (group_size < 32 or group_size & (group_size - 1)):
+        return f"groups of {group_size}"
+    if input_bits and in_features > MOST_INPUTS:
+        return f"{in_features} inputs"
+    return None
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    input_bits: int,
+    input_scale: Tensor | None,
+    input_rule: str,
+    use: Kernels | None = None,
+) -> Tensor:
+    """As `qat.kernels.packed_linear`, whose checks the arguments have passed.
+
+    Differs from the reference by rounding alone: the reference rounds weights and quantized activations to x's
+    dtype, this rounds nothing but the result.
+
+    Raises:
+        ValueError: a scheme, dtype or memory layout that the kernels don't take.
+        BuildError: they cannot be compiled.
+    """
+    use = use or kernels()
+    out_features, in_features = packed.shape[0], x.shape[-1]
+    reason = "zero points" if zero_point is not None else unsupported(bits, group_size, in_features, input_bits)
+    if x.dtype not in TYPES:
+        reason = f"activations of {x.dtype}"
+    if reason:
+        raise ValueError(f"qat::packed_linear: backend cpu has no kernel for {reason}: use backend='reference'")
+    for name, tensor in (("packed", packed), ("scale", scale), ("bias", bias)):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise ValueError(f"qat::packed_linear: backend cpu needs {name} contiguous and on the CPU")
+    rows = x.reshape(-1, in_features).contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if input_bits == 0 and len(rows) >= MANY_TOKENS:
+        return _by_tiles(use, rows, packed, scale, bias, bits, group_size).view(*x.shape[:-1], out_features)
+    out = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    if out.numel() == 0:
+        return out
+    failed = use.linear(
+        rows.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr(), packed.data_ptr(),
+        scale.data_ptr(), len(rows), out_features, in_features, group_size, 4 * packed.shape[1], bits,
+        TYPES[x.dtype], TYPES[scale.dtype], 0 if input_bits == 0 else 1 if input_scale is None else 2, input_bits,
+        0.0 if input_scale is None else float(input_scale),
+        input_spec(input_bits, input_rule).absmax_divisor if input_bits else 1.0,
+        use.isa, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"qat::packed_linear: no memory for {tuple(x.shape)} activations")
+    return out
+
+
+def _by_tiles(
+    use: Kernels, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """(m, in) -> (m, out), a bounded number of weights dequantized at a time."""
+    (out_features, words), in_features = packed.shape, rows.shape[1]
+    dtype = _tile_dtype(rows.dtype)
+    left = rows.to(dtype)
+    out = torch.empty(len(rows), out_features, dtype=dtype)
+    height = min(out_features, max(16, TILE // in_features))
+    tile = torch.empty(height, in_features, dtype=dtype)
+    for start in range(0, out_features, height):
+        count = min(height, out_features - start)
+        use.dequantize(
+            packed[start].data_ptr(), scale[start].data_ptr(), tile.data_ptr(), count, in_features, group_size,
+            4 * words, bits, TYPES[scale.dtype], TYPES[dtype], use.isa, torch.get_num_threads(),
+        )  # fmt: skip
+        torch.mm(left, tile[:count].T, out=out[:, start : start + count])
+    out = out if bias is None else out.add_(bias)
+    return out.to(rows.dtype)
+
+
+@cache
+def _tile_dtype(dtype: torch.dtype) -> Any:
+    """What torch multiplies fastest: 16 bits where the processor has instructions for them, else float32."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype in supported and supported[dtype]() else torch.float32
