@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 # Without -march: the sources choose the instruction set at run time.  No fused multiply-add but where a kernel asks
 # for it, or the portable path would round differently from one compiler to the next.
-FLAGS = ("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-ffp-contract=off", "-w")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+FLAGS += ("-ffp-contract=off", "-fvisibility=hidden", "-w")
 
 
 class BuildError(Exception):

@@ -75,10 +75,10 @@ QAT_END
 
 }  // namespace qat
 
-extern "C" {
+#define QAT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // 0: portable, 1: AVX2 with FMA and F16C, 2: AVX512 with VNNI as well.
-int qat_cpu_isa() {
+QAT_EXPORT int qat_cpu_isa() {
 #if defined(QAT_SIMDE)
   return 2;
 #elif defined(QAT_X86)
@@ -95,7 +95,7 @@ int qat_cpu_isa() {
 }
 
 // Arguments as in Job (common.h).  Returns 0, or 1 where memory ran out.
-int qat_linear(const void* x, void* y, const void* bias, const void* packed, const void* scale, int64_t m, int64_t n,
+QAT_EXPORT int qat_linear(const void* x, void* y, const void* bias, const void* packed, const void* scale, int64_t m, int64_t n,
                int64_t k, int64_t group, int64_t row_bytes, int bits, int x_type, int scale_type, int input,
                int input_bits, float input_scale, float divisor, int isa, int threads) {
   using namespace qat;
@@ -112,7 +112,7 @@ int qat_linear(const void* x, void* y, const void* bias, const void* packed, con
 }
 
 // out (n, k) of `type` = codes * scale.
-void qat_dequantize(const void* packed, const void* scale, void* out, int64_t n, int64_t k, int64_t group,
+QAT_EXPORT void qat_dequantize(const void* packed, const void* scale, void* out, int64_t n, int64_t k, int64_t group,
                     int64_t row_bytes, int bits, int scale_type, int type, int isa, int threads) {
   using namespace qat;
   const uint8_t* bytes = static_cast<const uint8_t*>(packed);
@@ -125,4 +125,3 @@ void qat_dequantize(const void* packed, const void* scale, void* out, int64_t n,
            threads);
 }
 
-}  // extern "C"

@@ -21,7 +21,8 @@ inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const 
       std::memcpy(tail[r], rows[r] + begin, size_t(job.row_bytes - begin));
     }
   }
-  const typename S::In* x = static_cast<const typename S::In*>(job.prepared) + token * job.blocks * S::block;
+  const int64_t x_row = job.blocks * S::block;
+  const typename S::In* x = static_cast<const typename S::In*>(job.prepared) + token * x_row;
   const int32_t* start = job.start + token * job.spans * kLanes;
 
   Vec total[R][T];
@@ -32,11 +33,11 @@ inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const 
     typename S::Sum part[R][T];
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) part[r][t] = S::start(start + (t * job.spans + s) * kLanes);
-    for (int64_t end = b + job.span_blocks; b < end; b++)
-      for (int r = 0; r < R; r++) {
-        const typename S::Codes codes = S::unpack(b < job.full_blocks ? rows[r] + b * S::bytes : tail[r]);
-        for (int t = 0; t < T; t++) S::add(part[r][t], codes, x + (t * job.blocks + b) * S::block);
-      }
+    const int64_t end = b + job.span_blocks, whole = end < job.full_blocks ? end : job.full_blocks;
+    for (; b < whole; b++)
+      for (int r = 0; r < R; r++) S::step(part[r], rows[r] + b * S::bytes, x + b * S::block, x_row);
+    for (; b < end; b++)  // at most one, and never taken by most shapes
+      for (int r = 0; r < R; r++) S::step(part[r], tail[r], x + b * S::block, x_row);
     for (int r = 0; r < R; r++) {
       const Vec scale = spread(scales + r * job.scale_stride + s * job.span_scales, index);
       for (int t = 0; t < T; t++) total[r][t] = multiply_add(S::to_float(part[r][t]), scale, total[r][t]);

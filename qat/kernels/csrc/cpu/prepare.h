@@ -101,11 +101,10 @@ struct Prepare {
     std::memset(middle, S::offset, sizeof middle);
     const int32_t none[kLanes] = {};
     int32_t* to = job.start + (m * job.spans + span) * kLanes;
-    typename S::Sum total = S::start(none);
-    const typename S::Codes codes = S::unpack(middle);
+    typename S::Sum total[1] = {S::start(none)};
     for (int64_t b = span * job.span_blocks; b < (span + 1) * job.span_blocks; b++)
-      S::add(total, codes, x + b * S::block);
-    S::store(to, total);
+      S::step(total, middle, x + b * S::block, 0);
+    S::store(to, total[0]);
     for (int i = 0; i < kLanes; i++) to[i] = -to[i];
   }
 };
