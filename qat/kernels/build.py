@@ -17,8 +17,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 # Without -march: the sources choose the instruction set at run time.  No fused multiply-add but where a kernel asks
 # for it, or the portable path would round differently from one compiler to the next.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-ffp-contract=off", "-fvisibility=hidden", "-w")
+FLAGS = "-O3 -std=c++17 -fPIC -shared -fvisibility=hidden -w -fno-math-errno -fno-trapping-math -ffp-contract=off"
 
 
 class BuildError(Exception):
@@ -56,7 +55,7 @@ def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or it failed, or its result cannot be loaded.
     """
-    command = [*compiler(), *FLAGS, *extra_flags]
+    command = [*compiler(), *FLAGS.split(), *extra_flags]
     key = _key(command)
     folder = cache_folder()
     for path in sorted(_files(folder, key)):
@@ -67,6 +66,7 @@ def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
             path.unlink()
         except OSError as error:
             log.warning("%s cannot be used (%s): compiling it again", path, error)
+    log.info("compiling the CPU kernels, once for this machine: some seconds")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as work:

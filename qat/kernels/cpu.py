@@ -22,8 +22,9 @@ from qat.kernels.reference import input_spec
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# From here on torch's matrix product over dequantized tiles is faster than the own kernels; benchmarks/cpu_linear.py.
-MANY_TOKENS = 16
+# From here on torch's matrix product over dequantized tiles is faster than the own kernels: measured between 16 and
+# 32 tokens with float32 tiles on AVX2 (benchmarks/cpu_linear.py), not measured with 16-bit tiles.
+MANY_TOKENS = 32
 TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
 MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
 

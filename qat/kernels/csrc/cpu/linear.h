@@ -22,6 +22,7 @@ inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const 
     }
   }
   const int64_t x_row = job.blocks * S::block;
+  const int64_t ahead = R * job.row_bytes;  // the next call's rows: the hardware loses R streams at each row's end
   const typename S::In* x = static_cast<const typename S::In*>(job.prepared) + token * x_row;
   const int32_t* start = job.start + token * job.spans * kLanes;
 
@@ -35,7 +36,10 @@ inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const 
       for (int t = 0; t < T; t++) part[r][t] = S::start(start + (t * job.spans + s) * kLanes);
     const int64_t end = b + job.span_blocks, whole = end < job.full_blocks ? end : job.full_blocks;
     for (; b < whole; b++)
-      for (int r = 0; r < R; r++) S::step(part[r], rows[r] + b * S::bytes, x + b * S::block, x_row);
+      for (int r = 0; r < R; r++) {
+        __builtin_prefetch(rows[r] + b * S::bytes + ahead);
+        S::step(part[r], rows[r] + b * S::bytes, x + b * S::block, x_row);
+      }
     for (; b < end; b++)  // at most one, and never taken by most shapes
       for (int r = 0; r < R; r++) S::step(part[r], tail[r], x + b * S::block, x_row);
     for (int r = 0; r < R; r++) {
