@@ -70,9 +70,11 @@ struct Rows {
     for (int i = 0; i < kLanes; i++)
       index[i] = job.span_scales == 1 ? 0 : int32_t(i / (kLanes * job.group / S::block));
     int64_t m = 0;
-    for (; m + 4 <= job.m; m += 4) tokens<2, 4>(lanes(index), first, last, m, scales);
-    for (; m + 2 <= job.m; m += 2) tokens<2, 2>(lanes(index), first, last, m, scales);
-    for (; m < job.m; m++) tokens<4, 1>(lanes(index), first, last, m, scales);
+    if constexpr (kLanes > 1) {  // registers for R * T sums
+      for (; m + 4 <= job.m; m += 4) tokens<2, 4>(lanes(index), first, last, m, scales);
+      for (; m + 2 <= job.m; m += 2) tokens<2, 2>(lanes(index), first, last, m, scales);
+    }
+    for (; m < job.m; m++) tokens<(kLanes > 1 ? 4 : 1), 1>(lanes(index), first, last, m, scales);
     std::free(scales);
   }
 
@@ -80,7 +82,8 @@ struct Rows {
   void tokens(Lanes index, int64_t first, int64_t last, int64_t m, const float* scales) const {
     int64_t n = first;
     for (; n + R <= last; n += R) rows<R, T>(index, n, m, scales + (n - first) * job.scale_stride);
-    for (; n < last; n++) rows<1, T>(index, n, m, scales + (n - first) * job.scale_stride);
+    for (; n < last; n++)
+      for (int t = 0; t < T; t++) rows<1, 1>(index, n, m + t, scales + (n - first) * job.scale_stride);
   }
 
   template <int R, int T>
