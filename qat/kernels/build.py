@@ -93,7 +93,7 @@ def _digest(path: Path) -> str:
 
 def _key(command: list[str]) -> str:
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
-    parts += [" ".join(command).encode(), _run([command[0], "--version"]).encode(), _processor().encode()]
+    parts += [" ".join(command).encode(), run([command[0], "--version"]).encode(), _processor().encode()]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -113,12 +113,17 @@ def _processor() -> str:
 
 def _compile(command: list[str], work: Path) -> Path:
     path = work / "kernels.so"
-    output = _run([*command, str(SOURCES / "library.cpp"), "-o", str(path)])
+    output = run([*command, str(SOURCES / "library.cpp"), "-o", str(path)])
     log.debug("compiled %s: %s", SOURCES, output or "no output")
     return path
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        BuildError: it cannot be started, or fails; holds what it printed.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
