@@ -11,6 +11,7 @@ Activations are quantized only where the scheme says so.  Sums are float32 (or i
 import ctypes
 import logging
 from functools import cache
+from struct import Struct
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MANY_TOKENS = 32
 TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
 MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
+# `Arguments` in csrc/cpu/library.cpp.  Packing them costs a third of what ctypes takes to convert twenty.
+ARGUMENTS = Struct("@5P5q7i2f4x")
 
 
 class Kernels:
@@ -42,7 +45,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, isa: int | None = None):
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self.linear = library.qat_linear
-        self.linear.argtypes = [pointer] * 5 + [size] * 5 + [number] * 5 + [ctypes.c_float] * 2 + [number] * 2
+        self.linear.argtypes = [ctypes.c_char_p]
         self.dequantize = library.qat_dequantize
         self.dequantize.argtypes = [pointer] * 3 + [size] * 4 + [number] * 5
         self.dequantize.restype = None
@@ -69,13 +72,14 @@ def kernels() -> Kernels:
     return built
 
 
+@cache
 def unsupported(bits: int, group_size: int, in_features: int, input_bits: int = 0) -> str | None:
     """Why the kernels cannot compute a layer, or None where they can."""
     if bits not in (4, 8):
         return f"weights of {bits} bits"
     if group_size != in_features and (group_size < 32 or group_size & (group_size - 1)):
         return f"groups of {group_size}"
-    if input_bits and in_features > MOST_INPUTS:
+    if in_features < 1 or (input_bits and in_features > MOST_INPUTS):
         return f"{in_features} inputs"
     return None
 
@@ -102,37 +106,47 @@ def packed_linear(
         ValueError: a scheme, dtype or memory layout that the kernels don't take.
         BuildError: they cannot be compiled.
     """
+    # A decoder calls this a hundred times a token, with caches full of weights: every line is paid for.
     use = use or kernels()
-    out_features, in_features = packed.shape[0], x.shape[-1]
+    (out_features, words), shape, dtype = packed.shape, x.shape, x.dtype
+    in_features = shape[-1]
     reason = "zero points" if zero_point is not None else unsupported(bits, group_size, in_features, input_bits)
-    if x.dtype not in TYPES:
-        reason = f"activations of {x.dtype}"
+    if dtype not in TYPES:
+        reason = f"activations of {dtype}"
     if reason:
         raise ValueError(f"qat::packed_linear: backend cpu has no kernel for {reason}: use backend='reference'")
-    for name, tensor in (("packed", packed), ("scale", scale), ("bias", bias)):
-        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
-            raise ValueError(f"qat::packed_linear: backend cpu needs {name} contiguous and on the CPU")
-    rows = x.reshape(-1, in_features).contiguous()
+    if not (packed.is_contiguous() and scale.is_contiguous()):
+        name = "scale" if packed.is_contiguous() else "packed"
+        raise ValueError(f"qat::packed_linear: backend cpu needs {name} contiguous")
+    if not x.is_contiguous():
+        x = x.contiguous()
     if bias is not None:
-        bias = bias.to(x.dtype)
-    if input_bits == 0 and len(rows) >= MANY_TOKENS:
-        return _by_tiles(use, rows, packed, scale, bias, bits, group_size).view(*x.shape[:-1], out_features)
-    if (bits, group_size) == (8, in_features) and input_bits and use.isa == 2 and len(rows) >= MANY_TOKENS:
-        out = _by_int_mm(rows, packed, scale, bias, input_bits, input_scale, input_rule)
-        return out.view(*x.shape[:-1], out_features)
-    out = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
-    if out.numel() == 0:
+        bias = bias.to(dtype).contiguous()
+    tokens = x.numel() // in_features
+    if tokens >= MANY_TOKENS:
+        rows = x.view(tokens, in_features)
+        if input_bits == 0:
+            return _by_tiles(use, rows, packed, scale, bias, bits, group_size).view(*shape[:-1], out_features)
+        if (bits, group_size, use.isa) == (8, in_features, 2):
+            out = _by_int_mm(rows, packed, scale, bias, input_bits, input_scale, input_rule)
+            return out.view(*shape[:-1], out_features)
+    out = torch.empty((*shape[:-1], out_features), dtype=dtype)
+    if tokens == 0 or out_features == 0:
         return out
+    mode, static, divisor = 0, 0.0, 1.0
+    if input_bits:
+        mode, static = (1, 0.0) if input_scale is None else (2, float(input_scale.float()))
+        divisor = input_spec(input_bits, input_rule).absmax_divisor
     failed = use.linear(
-        rows.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr(), packed.data_ptr(),
-        scale.data_ptr(), len(rows), out_features, in_features, group_size, 4 * packed.shape[1], bits,
-        TYPES[x.dtype], TYPES[scale.dtype], 0 if input_bits == 0 else 1 if input_scale is None else 2, input_bits,
-        0.0 if input_scale is None else float(input_scale),
-        input_spec(input_bits, input_rule).absmax_divisor if input_bits else 1.0,
-        use.isa, torch.get_num_threads(),
+        ARGUMENTS.pack(
+            x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(), packed.data_ptr(), scale.data_ptr(),
+            tokens, out_features, in_features, group_size, 4 * words,
+            bits, TYPES[dtype], TYPES[scale.dtype], mode, input_bits, use.isa, torch.get_num_threads(),
+            static, divisor,
+        )
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"qat::packed_linear: no memory for {tuple(x.shape)} activations")
+        raise MemoryError(f"qat::packed_linear: no memory for {tuple(shape)} activations")
     return out
 
 

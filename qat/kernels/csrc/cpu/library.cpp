@@ -94,19 +94,29 @@ QAT_EXPORT int qat_cpu_isa() {
 #endif
 }
 
-// Arguments as in Job (common.h).  Returns 0, or 1 where memory ran out.
-QAT_EXPORT int qat_linear(const void* x, void* y, const void* bias, const void* packed, const void* scale, int64_t m, int64_t n,
-               int64_t k, int64_t group, int64_t row_bytes, int bits, int x_type, int scale_type, int input,
-               int input_bits, float input_scale, float divisor, int isa, int threads) {
+// As in Job (common.h), in the order and types of ARGUMENTS in qat/kernels/cpu.py.
+struct Arguments {
+  const void *x, *y, *bias, *packed, *scale;
+  int64_t m, n, k, group, row_bytes;
+  int32_t bits, x_type, scale_type, input, input_bits, isa, threads;
+  float input_scale, divisor;
+};
+static_assert(sizeof(Arguments) == 5 * sizeof(void*) + 40 + 36 + 4, "ARGUMENTS in qat/kernels/cpu.py");
+
+// Returns 0, or 1 where memory ran out.
+QAT_EXPORT int qat_linear(const void* arguments) {
   using namespace qat;
+  Arguments a;
+  std::memcpy(&a, arguments, sizeof a);
   Job job{};
-  job.x = x, job.y = y, job.bias = bias, job.packed = static_cast<const uint8_t*>(packed), job.scale = scale;
-  job.m = m, job.n = n, job.k = k, job.group = group, job.row_bytes = row_bytes, job.bits = bits;
-  job.x_type = Type(x_type), job.scale_type = Type(scale_type), job.input = Input(input);
-  job.input_bits = input_bits, job.input_scale = input_scale, job.divisor = divisor, job.threads = threads;
+  job.x = a.x, job.y = const_cast<void*>(a.y), job.bias = a.bias;
+  job.packed = static_cast<const uint8_t*>(a.packed), job.scale = a.scale;
+  job.m = a.m, job.n = a.n, job.k = a.k, job.group = a.group, job.row_bytes = a.row_bytes, job.bits = a.bits;
+  job.x_type = Type(a.x_type), job.scale_type = Type(a.scale_type), job.input = Input(a.input);
+  job.input_bits = a.input_bits, job.input_scale = a.input_scale, job.divisor = a.divisor, job.threads = a.threads;
 #if defined(QAT_X86)
-  if (isa == 2) return avx512::linear_of(job);
-  if (isa == 1) return avx2::linear_of(job);
+  if (a.isa == 2) return avx512::linear_of(job);
+  if (a.isa == 1) return avx2::linear_of(job);
 #endif
   return portable::linear_of(job);
 }
