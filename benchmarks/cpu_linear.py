@@ -3,7 +3,8 @@
     python benchmarks/cpu_linear.py
     python benchmarks/cpu_linear.py --threads 1 --tokens 1 --rounds 31
 
-All variants take turns in one process on the same input and the medians are reported, since machines are shared.
+All variants take turns in one process on the same input and the medians are reported, since machines are shared; in
+an order that is drawn anew for each round, because a call is slower after one that has filled the caches.
 qat's kernels read the exported bytes; torch's operators get the layouts that they ask for, made beforehand.
 Inputs are bfloat16 but where the name says fp32.  Times are of whole calls, Python included.  On a machine that is
 so busy that processes wait for a core, `--clock cpu` counts only the time on one; for one thread only.
@@ -12,6 +13,7 @@ so busy that processes wait for a core, `--clock cpu` counts only the time on on
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -72,9 +74,10 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each call, taken in turns until `rounds` or, after three, `seconds` are over."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.perf_counter()
+    began, order, draw = time.perf_counter(), list(calls.items()), random.Random(0)
     for number in range(rounds + 1):
-        for name, call in calls.items():
+        draw.shuffle(order)
+        for name, call in order:
             start = clock()
             call()
             if number:  # the first round warms up
