@@ -16,6 +16,7 @@ torch.library.define(
     "int input_bits, Tensor? input_scale=None, str input_rule='qmax', str backend='reference') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_operator = torch.ops.qat.packed_linear.default  # its only overload: found once, not in every call
 
 
 def packed_linear(
@@ -53,9 +54,7 @@ def packed_linear(
         ValueError: a wrong dtype, shape, width or group size, or what the backend cannot compute.
         BuildError: the backend cannot be compiled.
     """
-    return torch.ops.qat.packed_linear(
-        x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule, backend
-    )
+    return _operator(x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule, backend)
 
 
 @torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd")
