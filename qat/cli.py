@@ -110,8 +110,9 @@ def _add_generate(commands: Any) -> None:
 
 def _add_backend(parser: Any) -> None:
     parser.add_argument(
-        "--backend", choices=("reference", "torch"), default="reference",
-        help="what multiplies packed layers: reference computes what training did, torch is faster (%(default)s)",
+        "--backend", choices=("reference", "torch", "cpu", "auto"), default="reference",
+        help="what multiplies packed layers: reference computes what training did, cpu (qat's kernels, compiled at "
+        "first use) and torch are faster, auto takes the fastest that works (%(default)s)",
     )  # fmt: skip
 
 

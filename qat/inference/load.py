@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -13,15 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.initialization import no_init_weights
 
 from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
+from qat.inference.cpu_backend import use_cpu_kernels
 from qat.inference.foreign import foreign_schemes
 from qat.inference.packed import PackedLinear
 from qat.inference.torch_backend import use_torch_operators
+from qat.kernels.build import BuildError
 from qat.packing import pack
 from qat.scheme import QuantScheme
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "cpu", "auto"]
 
 
 def load_packed(
@@ -35,8 +37,10 @@ def load_packed(
     Args:
         directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
             tool, with symmetric integer weights in one file.
-        backend: `reference` computes what training computed; `torch` uses torch's integer operators for
-            CPUs where one fits a layer's scheme, and logs where.
+        backend: `reference` computes what training computed; `cpu` uses qat's own kernels for CPUs, compiled at
+            first use; `torch` uses torch's integer operators for CPUs; both where they fit a layer's scheme, and
+            log where.  `auto` is `cpu` on a CPU, `torch` where its kernels cannot be compiled, and `reference` on
+            other devices.
         dtype: of activations and float tensors; what the directory says by default.  Scales keep theirs.
         device: where the model goes.
 
@@ -44,19 +48,34 @@ def load_packed(
         The model, in evaluation mode, and the tokenizer (None where the directory has none).
 
     Raises:
-        ValueError: a file is missing, damaged, changed since the export, or of a newer format; says which.
+        ValueError: a file is missing, damaged, changed since the export, or of a newer format; says which.  Or
+            `cpu` was asked for and its kernels cannot be compiled; holds the compiler's output.
     """
     directory = Path(directory)
-    if backend not in ("reference", "torch"):
-        raise ValueError(f"backend must be reference or torch, got {backend!r}")
-    if backend == "torch" and torch.device(device).type != "cpu":
-        raise ValueError(f"backend torch runs on the CPU, not on {device}: use backend=reference")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend in ("torch", "cpu") and torch.device(device).type != "cpu":
+        raise ValueError(f"backend {backend} runs on the CPU, not on {device}: use backend=reference")
     schemes = _schemes(directory)
     model = empty_model(directory, schemes, dtype)
     _fill(model, directory / WEIGHTS, schemes)
-    if backend == "torch":
-        use_torch_operators(model, model.dtype)
+    if torch.device(device).type == "cpu":
+        _use(backend, model)
     return model.eval().to(device), _tokenizer(directory)
+
+
+def _use(backend: Backend, model: Any) -> None:
+    """Put the packed layers of a model on the CPU on what `backend` says."""
+    if backend in ("cpu", "auto"):
+        try:
+            return use_cpu_kernels(model, model.dtype)
+        except BuildError as error:
+            if backend == "cpu":
+                raise ValueError(f"backend cpu: {error}\nuse backend=torch or backend=reference") from error
+            log.warning("no CPU kernels (%s): using torch's slower operators", str(error).splitlines()[0])
+            log.debug("%s", error)
+    if backend != "reference":
+        use_torch_operators(model, model.dtype)
 
 
 def _schemes(directory: Path) -> dict[str, QuantScheme]:

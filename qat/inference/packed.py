@@ -16,7 +16,7 @@ class PackedLinear(nn.Module):
 
     State: `packed` (out, words) int32; `scale` (out, groups), the scheme's scale dtype whatever the model's;
     `input_scale` (1,) for static activations; `bias` (out,), the model's dtype.  The tensors are allocated,
-    not filled.
+    not filled.  `backend` is the operator's, `reference` unless a loader sets another.
 
     Args:
         in_features: of an input row.
@@ -46,6 +46,7 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.backend = "reference"
         words, groups = words_of(in_features, scheme.weight.bits), scheme.weight.groups(in_features)
         static = None if scheme.input is None or scheme.input.dynamic else scheme.input
         self.register_buffer("packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
@@ -86,6 +87,7 @@ class PackedLinear(nn.Module):
             self.input_bits,
             self.input_scale,
             "qmax" if spec is None else spec.absmax_rule,
+            self.backend,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":

@@ -1,21 +1,22 @@
 """The schema of `qat::packed_linear`, its checks, its fake, and the reference as its default implementation.
 
-The reference is registered for every device; a faster backend registers under `CPU` or `CUDA` for the same
-schema and takes precedence.
+The reference is registered for every device, and is what a call gets that asks for nothing else: proofs of exports
+compare with it.  A faster backend is registered for its device and asked for by name.
 """
 
 import torch
 from torch import Tensor
 
-from qat.kernels import reference
+from qat.kernels import cpu, reference
 from qat.packing import words_of
 
 torch.library.define(
     "qat::packed_linear",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int group_size, "
-    "int input_bits, Tensor? input_scale=None, str input_rule='qmax') -> Tensor",
+    "int input_bits, Tensor? input_scale=None, str input_rule='qmax', str backend='reference') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_operator = torch.ops.qat.packed_linear.default  # its only overload: found once, not in every call
 
 
 def packed_linear(
@@ -29,6 +30,7 @@ def packed_linear(
     input_bits: int = 0,
     input_scale: Tensor | None = None,
     input_rule: str = "qmax",
+    backend: str = "reference",
 ) -> Tensor:
     """A linear layer on packed integer weights.
 
@@ -43,16 +45,16 @@ def packed_linear(
         input_bits: 0 leaves the activations as they are; else they are quantized to that many bits.
         input_scale: (1,), floating: the static scale of the activations; None for one scale a token.
         input_rule: how a token's scale follows from its absolute maximum, the spec's `absmax_rule`.
+        backend: `reference`, which computes what training did, or `cpu`, `qat.kernels.cpu`.
 
     Returns:
         (..., out), x's dtype.
 
     Raises:
-        ValueError: a wrong dtype, shape, width or group size.
+        ValueError: a wrong dtype, shape, width or group size, or what the backend cannot compute.
+        BuildError: the backend cannot be compiled.
     """
-    return torch.ops.qat.packed_linear(
-        x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule
-    )
+    return _operator(x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule, backend)
 
 
 @torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd")
@@ -67,11 +69,35 @@ def _reference(
     input_bits: int,
     input_scale: Tensor | None = None,
     input_rule: str = "qmax",
+    backend: str = "reference",
 ) -> Tensor:
     check(x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule)
+    if backend != "reference":
+        _refuse(f"backend {backend!r} has no kernel for {x.device.type}: use 'reference' there, or 'cpu' on the CPU")
     return reference.packed_linear(
         x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule
     )
+
+
+@torch.library.impl("qat::packed_linear", "CPU")
+def _cpu(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    input_bits: int,
+    input_scale: Tensor | None = None,
+    input_rule: str = "qmax",
+    backend: str = "reference",
+) -> Tensor:
+    arguments = (x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule)
+    check(*arguments)
+    if backend not in ("reference", "cpu"):
+        _refuse(f"backend must be reference or cpu, got {backend!r}")
+    return (cpu if backend == "cpu" else reference).packed_linear(*arguments)
 
 
 @torch.library.register_fake("qat::packed_linear")
@@ -86,6 +112,7 @@ def _fake(
     input_bits: int,
     input_scale: Tensor | None = None,
     input_rule: str = "qmax",
+    backend: str = "reference",
 ) -> Tensor:
     check(x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
