@@ -140,18 +140,14 @@ class Outcome:
 class Emulator:
     """A build of `run_cases`: of the real kernels, or of those in `kernels`."""
 
-    def __init__(
-        self, folder: Path, *, checked: bool, kernels: Path = KERNELS, instances: Sequence[str] = (), name: str = "all"
-    ):
-        build = "checked" if checked else "plain"
-        self.program, self.folder = folder / f"{name}-{build}", folder
-        objects = [_engine(folder, source) for source in ("scheduler.cpp", "memory.cpp")]
-        define = [f"-DINSTANCES={' '.join(f'X({x})' for x in instances)}"] if instances else []
-        objects.append(folder / f"{name}-{build}.o")
-        extra = [*(CHECKED if checked else []), *define, f"-I{kernels}"]
-        _compile([*FLAGS, *extra, f"-I{SIMT}", "-c", str(SIMT / "run_cases.cpp"), "-o", str(objects[-1])])
+    def __init__(self, folder: Path, *, checked: bool, kernels: Path = KERNELS, define: Sequence[str] = ()):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.program = folder, folder / ("checked" if checked else "plain")
+        engine = [_engine(folder, source) for source in ("scheduler.cpp", "memory.cpp")]
+        flags = [*FLAGS, *(CHECKED if checked else []), *(f"-D{what}" for what in define), f"-I{kernels}", f"-I{SIMT}"]
         # Linked without -fsanitize: memory.cpp answers the sanitizer's calls.
-        _compile([*map(str, objects), "-o", str(self.program)])
+        _compile([*flags, "-c", str(SIMT / "run_cases.cpp"), "-o", f"{self.program}.o"])
+        _compile([f"{self.program}.o", *map(str, engine), "-o", str(self.program)])
 
     def run(self, cases: Iterable[Case], orders: Sequence[str], timeout: float = 300) -> Iterator[tuple[Any, ...]]:
         """Runs each case in each order; yields (case, order, Outcome)."""
@@ -173,7 +169,8 @@ class Emulator:
 
 
 def _engine(folder: Path, source: str) -> Path:
-    target = folder / f"{source}.o"
+    """The emulator's own object files, shared by the builds of a session."""
+    target = folder.parent / f"{source}.o"
     if not target.exists():
         _compile([*FLAGS, "-c", str(SIMT / source), "-o", str(target)])
     return target

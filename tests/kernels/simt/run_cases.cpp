@@ -3,7 +3,7 @@
 //     run_cases CASES RESULTS      prints "ok ID" or "FAIL ID what happened" for each case
 //
 // CASES is written by tests/kernels/emulator.py: for each case the fields of Case, then packed, scales, x and bias (if
-// any).  RESULTS gets what the kernels wrote.  INSTANCES restricts what is compiled, for planted bugs.
+// any).  RESULTS gets what the kernels wrote.  INSTANCES and ONLY restrict what is compiled, for planted bugs.
 #include <cstdio>
 #include <cstdlib>
 
@@ -23,6 +23,10 @@ using namespace qat;
 #endif
 
 enum Kernel { SMALL, MEDIUM, DEQUANTIZE };
+#ifndef ONLY
+#define ONLY -1
+#endif
+constexpr bool built(Kernel kernel) { return ONLY < 0 || ONLY == kernel; }
 
 struct Case {  // int32 fields in the order of the file; `variant` is R or NT
     int id, kernel, is_bf16, float_scale, bits, passes, variant, M, N, K, groups, splits, has_bias, order, seed, touch;
@@ -81,13 +85,18 @@ struct Run {
     }
 
     std::string run() {
-        if (c.kernel == SMALL && c.variant == 1) return small<1>();
-        if (c.kernel == SMALL && c.variant == 2) return small<2>();
-        if (c.kernel == MEDIUM && c.variant == 2) return medium<2>();
-        if (c.kernel == MEDIUM && c.variant == 4) return medium<4>();
-        if constexpr (PASSES == 1)
-            if (c.kernel == MEDIUM && c.variant == 8) return medium<8>();
-        if (c.kernel == DEQUANTIZE) return dense();
+        if constexpr (built(SMALL)) {
+            if (c.kernel == SMALL && c.variant == 1) return small<1>();
+            if (c.kernel == SMALL && c.variant == 2) return small<2>();
+        }
+        if constexpr (built(MEDIUM)) {
+            if (c.kernel == MEDIUM && c.variant == 2) return medium<2>();
+            if (c.kernel == MEDIUM && c.variant == 4) return medium<4>();
+            if constexpr (PASSES == 1)  // see linear_medium.cuh
+                if (c.kernel == MEDIUM && c.variant == 8) return medium<8>();
+        }
+        if constexpr (built(DEQUANTIZE))
+            if (c.kernel == DEQUANTIZE) return dense();
         return "no such kernel";
     }
 };
