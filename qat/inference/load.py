@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.initialization import no_init_weights
 
 from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
+from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
 from qat.inference.foreign import foreign_schemes
 from qat.inference.packed import PackedLinear
 from qat.inference.torch_backend import use_torch_operators
@@ -21,7 +22,7 @@ from qat.scheme import QuantScheme
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "cuda"]
 
 
 def load_packed(
@@ -36,7 +37,7 @@ def load_packed(
         directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
             tool, with symmetric integer weights in one file.
         backend: `reference` computes what training computed; `torch` uses torch's integer operators for
-            CPUs where one fits a layer's scheme, and logs where.
+            CPUs where one fits a layer's scheme, and logs where; `cuda` uses qat's kernels for NVIDIA GPUs.
         dtype: of activations and float tensors; what the directory says by default.  Scales keep theirs.
         device: where the model goes.
 
@@ -47,16 +48,21 @@ def load_packed(
         ValueError: a file is missing, damaged, changed since the export, or of a newer format; says which.
     """
     directory = Path(directory)
-    if backend not in ("reference", "torch"):
-        raise ValueError(f"backend must be reference or torch, got {backend!r}")
+    if backend not in ("reference", "torch", "cuda"):
+        raise ValueError(f"backend must be reference, torch or cuda, got {backend!r}")
     if backend == "torch" and torch.device(device).type != "cpu":
         raise ValueError(f"backend torch runs on the CPU, not on {device}: use backend=reference")
+    if backend == "cuda":
+        require_cuda(torch.device(device))
     schemes = _schemes(directory)
     model = empty_model(directory, schemes, dtype)
     _fill(model, directory / WEIGHTS, schemes)
     if backend == "torch":
         use_torch_operators(model, model.dtype)
-    return model.eval().to(device), _tokenizer(directory)
+    model = model.eval().to(device)
+    if backend == "cuda":
+        use_cuda_kernels(model, model.dtype)
+    return model, _tokenizer(directory)
 
 
 def _schemes(directory: Path) -> dict[str, QuantScheme]:

@@ -221,5 +221,5 @@ def test_tensors_that_the_file_lacks_are_named(artifact):
 
 
 def test_an_unknown_backend_is_refused(artifact):
-    with pytest.raises(ValueError, match="backend must be reference or torch, got 'cuda'"):
-        load_packed(artifact()[0], backend="cuda")
+    with pytest.raises(ValueError, match="backend must be reference, torch or cuda, got 'tpu'"):
+        load_packed(artifact()[0], backend="tpu")
