@@ -43,7 +43,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("qat::packed_linear", "CUDA")
 def packed_linear_cuda(
     x: Tensor,
     packed: Tensor,
@@ -97,7 +96,6 @@ def repack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return tiles
 
 
-@torch.library.impl("qat::tiled_linear", "CUDA")
 def tiled_linear(
     x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int
 ) -> Tensor:
@@ -265,3 +263,7 @@ def _multiprocessor_count(index: int) -> int:
 
 def _multiprocessors(device: torch.device) -> int:
     return _multiprocessor_count(torch.cuda.current_device() if device.index is None else device.index)
+
+
+torch.library.impl("qat::packed_linear", "CUDA", packed_linear_cuda)
+torch.library.impl("qat::tiled_linear", "CUDA", tiled_linear)

@@ -59,6 +59,7 @@ class Case:
     bias: bool = True
     float_scale: bool = False
     touch_start: bool = False
+    general: bool = False
 
     def __str__(self) -> str:
         name = ["small-R", "medium-NT", "dequantize-"][self.kernel] + str(self.variant)
@@ -73,7 +74,7 @@ class Case:
     @cached_property
     def operands(self) -> "Operands":
         """Random, the same every time."""
-        return Operands.exact(self)
+        return Operands.general(self) if self.general else Operands.exact(self)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,17 @@ class Operands:
         worst = (x.float().abs() @ dequantize(codes, scale).abs().T).max() + 20
         assert worst * 2**5 < 2**24, "a partial sum could be rounded"
         return cls(codes, scale, x, bias)
+
+    @classmethod
+    def general(cls, case: Case) -> "Operands":
+        """As in a model: normal activations, scales of any mantissa that the type holds."""
+        g = torch.Generator().manual_seed(case.n)
+        half, dtype = 2 ** (case.bits - 1), DTYPES[case.dtype]
+        codes = torch.randint(-half, half, (case.n, case.k), generator=g, dtype=torch.int32)
+        scale = (0.05 * torch.rand(case.n, case.layer.groups, generator=g) + 0.01) / half
+        x = torch.randn(case.m, case.k, generator=g).to(dtype)
+        bias = torch.randn(case.n, generator=g).to(dtype) if case.bias else None
+        return cls(codes, scale.to(case.layer.scale_dtype).float(), x, bias)
 
     def stored_scale(self, case: Case) -> Tensor:
         """In a type that makes the run-time scales the case's."""

@@ -7,6 +7,10 @@ from random import Random
 import pytest
 from emulator import DEQUANTIZE, MEDIUM, ORDERS, SMALL, Case, Emulator, why_no_emulator
 
+from qat.functional import dequantize
+from qat.kernels import packed_linear
+from qat.packing import pack
+
 pytestmark = pytest.mark.skipif(why_no_emulator() is not None, reason=str(why_no_emulator()))
 
 # (m, n, k, group_size): tails of every kind.  512 columns are one round of the 8 warps of linear_small, 2048 all that
@@ -81,3 +85,31 @@ def test_kernels_touch_no_memory_wrongly_and_have_no_races(tmp_path):
     emulator = Emulator(tmp_path / "all", checked=True)
     for turn, order in enumerate(ORDERS):
         assert failures(emulator.run(CASES[turn :: len(ORDERS)], [order])) == []
+
+
+GENERAL = [
+    Case(kernel, variant, dtype, bits, group_size, m, 37, 1152, splits, general=True)
+    for kernel, variant, m, splits in [(SMALL, 1, 5, 1), (SMALL, 2, 8, 1), (MEDIUM, 2, 11, 1), (MEDIUM, 4, 23, 3)]
+    for dtype, bits, group_size in product(["f16", "bf16"], [4, 8], [32, 128, 1152])
+]
+
+
+def test_real_valued_layers_stay_within_the_rounding_of_sums_and_results(tmp_path):
+    # u is half a unit in the last place of the type, e that of float32, A = sum |w x| + |bias|.  The kernel makes at
+    # most 2 k float operations (k sums in the MMA, the groups' scaling and sums, warps or splits, the bias), each
+    # wrong by e times a partial sum that is at most A; then it rounds once to the type.
+    # The reference rounds each weight first, which may be another u A, sums in float32 too, and may round before it
+    # adds the bias.
+    e = 2.0**-24
+    for case, _, outcome in Emulator(tmp_path / "all", checked=False).run(GENERAL, ["random"]):
+        assert outcome.error == "", case
+        given, u = case.operands, {"f16": 2.0**-11, "bf16": 2.0**-8}[case.dtype]
+        weight, x, bias = dequantize(given.codes, given.scale).double(), given.x.double(), given.bias.double()
+        exact, size = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
+        got, sums = outcome.result.double(), 2 * case.k * e * size
+        assert ((got - exact).abs() <= sums + u * (exact.abs() + sums)).all(), case
+        packed = pack(given.codes, case.bits)
+        reference = packed_linear(given.x, packed, given.scale, None, given.bias, case.bits, case.group_size)
+        assert ((got - reference.double()).abs() <= u * size + 2 * sums + 3 * u * (exact.abs() + bias.abs())).all(), (
+            case
+        )
