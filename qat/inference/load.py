@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
 from qat.inference.cpu_backend import use_cpu_kernels
+from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
 from qat.inference.foreign import foreign_schemes
 from qat.inference.packed import PackedLinear
 from qat.inference.torch_backend import use_torch_operators
@@ -23,7 +24,7 @@ from qat.scheme import QuantScheme
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["reference", "torch", "cpu", "auto"]
+Backend = Literal["reference", "torch", "cpu", "cuda", "auto"]
 
 
 def load_packed(
@@ -38,9 +39,9 @@ def load_packed(
         directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
             tool, with symmetric integer weights in one file.
         backend: `reference` computes what training computed; `cpu` uses qat's own kernels for CPUs, compiled at
-            first use; `torch` uses torch's integer operators for CPUs; both where they fit a layer's scheme, and
-            log where.  `auto` is `cpu` on a CPU, `torch` where its kernels cannot be compiled, and `reference` on
-            other devices.
+            first use; `torch` uses torch's integer operators for CPUs; `cuda` uses qat's kernels for NVIDIA GPUs,
+            which have not run on one yet; each where it fits a layer's scheme, and logs where.  `auto` is `cpu` on
+            a CPU, `torch` where its kernels cannot be compiled, and `reference` on other devices.
         dtype: of activations and float tensors; what the directory says by default.  Scales keep theirs.
         device: where the model goes.
 
@@ -56,12 +57,17 @@ def load_packed(
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("torch", "cpu") and torch.device(device).type != "cpu":
         raise ValueError(f"backend {backend} runs on the CPU, not on {device}: use backend=reference")
+    if backend == "cuda":
+        require_cuda(torch.device(device))
     schemes = _schemes(directory)
     model = empty_model(directory, schemes, dtype)
     _fill(model, directory / WEIGHTS, schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
-    return model.eval().to(device), _tokenizer(directory)
+    model = model.eval().to(device)
+    if backend == "cuda":
+        use_cuda_kernels(model, model.dtype)
+    return model, _tokenizer(directory)
 
 
 def _use(backend: Backend, model: Any) -> None:

@@ -45,7 +45,8 @@ def packed_linear(
         input_bits: 0 leaves the activations as they are; else they are quantized to that many bits.
         input_scale: (1,), floating: the static scale of the activations; None for one scale a token.
         input_rule: how a token's scale follows from its absolute maximum, the spec's `absmax_rule`.
-        backend: `reference`, which computes what training did, or `cpu`, `qat.kernels.cpu`.
+        backend: `reference`, which computes what training did; `cpu`, `qat.kernels.cpu`; or `cuda`,
+            `qat.kernels.cuda`.
 
     Returns:
         (..., out), x's dtype.
@@ -73,7 +74,7 @@ def _reference(
 ) -> Tensor:
     check(x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule)
     if backend != "reference":
-        _refuse(f"backend {backend!r} has no kernel for {x.device.type}: use 'reference' there, or 'cpu' on the CPU")
+        _refuse(f"backend {backend!r} has no kernel for {x.device.type}")
     return reference.packed_linear(
         x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule
     )

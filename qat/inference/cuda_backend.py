@@ -1,0 +1,100 @@
+"""Packed layers on qat's CUDA kernels, their weights repacked once."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.inference.packed import PackedLinear
+from qat.kernels import cuda
+from qat.kernels.plan import why_not
+from qat.kernels.tiles import tile_scale
+
+log = logging.getLogger(__name__)
+
+
+class CudaLinear(nn.Module):
+    """`qat::tiled_linear` with its tensors, in place of a `PackedLinear` on a CUDA device.
+
+    `tiles` (words,) int32 and `scale` (ceil(out / 16), groups, 16) are in the order of the kernels and hold
+    what the packed layer held; `bias` (out,) or None.
+
+    Args:
+        layer: filled, on a CUDA device.
+        dtype: of the activations, float16 or bfloat16.
+
+    Raises:
+        CompileError: the kernel that repacks cannot be compiled.
+    """
+
+    tiles: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: PackedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bits, self.group_size = layer.bits, layer.group_size
+        self.register_buffer("tiles", cuda.repack(layer.packed, layer.bits, layer.in_features))
+        self.register_buffer("scale", tile_scale(layer.scale, dtype))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the input's dtype."""
+        return torch.ops.qat.tiled_linear(
+            input, self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
+        """Follow the model to another device, never to another dtype: rounded scales are another model.
+
+        Raises:
+            ValueError: the model was converted.
+        """
+        before = self.scale.dtype
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before:
+            raise ValueError("a model on backend cuda cannot change its dtype: load it again with dtype=...")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def require_cuda(device: torch.device) -> None:
+    """Refuse a device that the kernels do not run on, before anything is loaded.
+
+    Raises:
+        ValueError: says why, and what to use instead.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"backend cuda runs on NVIDIA GPUs, not on {device}: use device=cuda or another backend")
+    if not torch.cuda.is_available():
+        raise ValueError("backend cuda needs an NVIDIA GPU, its driver, and a torch built for CUDA: none was found")
+    if reason := cuda.unavailable(device):
+        raise ValueError(f"backend cuda: {reason}; backend=reference runs everywhere")
+
+
+def use_cuda_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the packed layers of `model` that a kernel computes, one after the other; one log line says which.
+
+    The packed bytes of a layer are freed before the next one is repacked: the model never has two copies.
+
+    Args:
+        model: on a CUDA device, with filled `PackedLinear` layers.
+        dtype: of its activations.
+
+    Raises:
+        CompileError: a kernel cannot be compiled.
+    """
+    counts: Counter[str] = Counter()
+    for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        reason = why_not(layer.bits, layer.group_size, layer.in_features, dtype, False, layer.input_bits)
+        counts["CUDA kernels" if reason is None else f"the slower reference ({reason})"] += 1
+        if reason is None:
+            model.set_submodule(name, CudaLinear(layer, dtype))
+    log.info("backend cuda: %s", ", ".join(f"{n} layers on {kind}" for kind, n in counts.items()))
