@@ -20,7 +20,7 @@ from qat.report.summary import (
 )
 
 # Runs that agree in all of these and differ in their seed are repetitions of one experiment.
-_EXPERIMENT = ("recipe", "scheme", "model", "data", "corpus_digest", "steps", "tokens", "control_ptq_calibration")
+_EXPERIMENT = ("recipe", "scheme", "model", "data", "corpus_digest", "steps", "tokens")
 
 # What `compare` shows of a run, by the names of the summary.
 _FIGURES = (

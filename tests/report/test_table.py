@@ -80,6 +80,11 @@ def test_runs_that_differ_in_seed_only_get_a_mean(summary):
     assert "2.1000" in line(text, "mean of 3") and "± 0.1000" in text
 
 
+def test_the_calibration_that_won_may_differ_between_seeds(summary):
+    runs = [summary(seed=seed, control_ptq_calibration=name) for seed, name in enumerate(("absmax", "mse"))]
+    assert [row["seed"] for row in compare_rows(runs)] == [0, 1, "mean of 2"]
+
+
 @pytest.mark.parametrize("change", [{"steps": 400}, {"scheme": "w8a16"}, {"seed": 0}], ids=str)
 def test_runs_that_differ_otherwise_get_no_mean(summary, change):
     rows = compare_rows([summary(), summary(**{"seed": 1} | change)])
