@@ -213,13 +213,14 @@ def run(launch: Launch, device: torch.device, *arguments: Tensor | int | None) -
     config = LaunchConfig(grid=launch.grid, block=launch.threads, shmem_size=launch.shared_bytes)
     with torch.cuda.device(index):
         kernel = _kernel(launch.name, launch.shared_bytes, index)
-        start(torch.cuda.current_stream(index), config, kernel, *map(_argument, arguments))
+        start(torch.cuda.current_stream(index), config, kernel, *map(as_argument, arguments))
 
 
-def _argument(value: Tensor | int | None) -> Any:
+def as_argument(value: Tensor | int | None) -> Any:
+    """How cuda.core takes it: a Python int is a pointer, a ctypes.c_int a C int."""
     if value is None:
-        return ctypes.c_void_p(0)
-    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else ctypes.c_int(value)
 
 
 @cache

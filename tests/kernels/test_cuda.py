@@ -1,5 +1,6 @@
 """What surrounds the CUDA kernels, without a GPU: arguments, failures, choices.  The kernels: test_cuda_kernels.py."""
 
+import ctypes
 import logging
 import re
 
@@ -199,3 +200,13 @@ def test_rows_are_padded_and_aligned():
 def test_the_operator_has_its_own_kernel_for_cuda_tensors():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("qat::packed_linear", "CUDA")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("qat::tiled_linear", "CUDA")
+
+
+def test_arguments_reach_the_kernel_as_pointers_and_c_ints():
+    core = pytest.importorskip("cuda.core")
+    handler = pytest.importorskip(f"{core.LaunchConfig.__module__.rpartition('.')[0]}._kernel_arg_handler")
+    x = torch.zeros(4)
+    holder = handler.ParamHolder([cuda.as_argument(value) for value in (x, None, -3, 2**31 - 1)])
+    addresses = (ctypes.c_void_p * 4).from_address(holder.ptr)
+    assert [ctypes.c_uint64.from_address(address).value for address in addresses[:2]] == [x.data_ptr(), 0]
+    assert [ctypes.c_int.from_address(address).value for address in addresses[2:]] == [-3, 2**31 - 1]
