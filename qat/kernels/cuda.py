@@ -36,6 +36,9 @@ from qat.kernels.tiles import padded_rows, tile_scale
 
 log = logging.getLogger(__name__)
 
+# Why a kernel could not be compiled for a device: it is not tried again at every call.
+_refused: dict[torch.device, str] = {}
+
 torch.library.define(
     "qat::tiled_linear",
     "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int bits, int group_size, int out_features) -> Tensor",
@@ -59,13 +62,13 @@ def packed_linear_cuda(
     arguments = (x, packed, scale, zero_point, bias, bits, group_size, input_bits, input_scale, input_rule)
     check(*arguments)
     reason = why_not(bits, group_size, x.shape[-1], x.dtype, zero_point is not None, input_bits)
-    reason = reason or unavailable(x.device)
+    reason = reason or unavailable(x.device) or _refused.get(x.device)
     if reason is None:
         try:
             tiles = repack(packed, bits, x.shape[-1])
             return tiled_linear(x, tiles, tile_scale(scale, x.dtype), bias, bits, group_size, packed.shape[0])
         except cubins.CompileError as error:
-            reason = str(error)
+            reason = _refused[x.device] = str(error)
     say_slower(reason)
     return reference.packed_linear(*arguments)
 

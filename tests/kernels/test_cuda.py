@@ -21,6 +21,7 @@ def fresh():
     yield
     for function in (cuda.say_slower, cuda._unavailable, cuda._multiprocessor_count):
         function.cache_clear()
+    cuda._refused.clear()
 
 
 @pytest.fixture
@@ -140,6 +141,19 @@ def test_where_no_kernel_can_run_the_reference_does_and_says_why(monkeypatch, ca
     assert torch.equal(out, reference.packed_linear(**given, input_scale=None, input_rule="qmax"))
     (message,) = [r.message for r in caplog.records]
     assert ("Some GPU is sm_75, the kernels need sm_80" if failure == "old" else "its log") in message
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once(device, monkeypatch):
+    tries = []
+
+    def refuse(*arguments):
+        tries.append(arguments)
+        raise CompileError("its log")
+
+    monkeypatch.setattr(cuda, "run", refuse)
+    given = operands(3, 16, 128, 64)
+    assert torch.equal(cuda.packed_linear_cuda(**given), cuda.packed_linear_cuda(**given))
+    assert len(tries) == 1
 
 
 def test_wrong_arguments_are_refused_before_anything_runs(device):
