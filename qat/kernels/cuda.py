@@ -36,6 +36,9 @@ from qat.kernels.tiles import padded_rows, tile_scale
 
 log = logging.getLogger(__name__)
 
+# Why a kernel could not be compiled for a device: it is not tried again at every call.
+_refused: dict[torch.device, str] = {}
+
 torch.library.define(
     "qat::tiled_linear",
     "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int bits, int group_size, int out_features) -> Tensor",
@@ -64,13 +67,13 @@ def packed_linear_cuda(
     if backend != "cuda":
         raise ValueError(f"qat::packed_linear: backend must be reference or cuda for CUDA tensors, got {backend!r}")
     reason = why_not(bits, group_size, x.shape[-1], x.dtype, zero_point is not None, input_bits)
-    reason = reason or unavailable(x.device)
+    reason = reason or unavailable(x.device) or _refused.get(x.device)
     if reason is None:
         try:
             tiles = repack(packed, bits, x.shape[-1])
             return tiled_linear(x, tiles, tile_scale(scale, x.dtype), bias, bits, group_size, packed.shape[0])
         except cubins.CompileError as error:
-            reason = str(error)
+            reason = _refused[x.device] = str(error)
     say_slower(reason)
     return reference.packed_linear(*arguments)
 
@@ -218,13 +221,14 @@ def run(launch: Launch, device: torch.device, *arguments: Tensor | int | None) -
     config = LaunchConfig(grid=launch.grid, block=launch.threads, shmem_size=launch.shared_bytes)
     with torch.cuda.device(index):
         kernel = _kernel(launch.name, launch.shared_bytes, index)
-        start(torch.cuda.current_stream(index), config, kernel, *map(_argument, arguments))
+        start(torch.cuda.current_stream(index), config, kernel, *map(as_argument, arguments))
 
 
-def _argument(value: Tensor | int | None) -> Any:
+def as_argument(value: Tensor | int | None) -> Any:
+    """How cuda.core takes it: a Python int is a pointer, a ctypes.c_int a C int."""
     if value is None:
-        return ctypes.c_void_p(0)
-    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else ctypes.c_int(value)
 
 
 @cache

@@ -1,5 +1,6 @@
 """What surrounds the CUDA kernels, without a GPU: arguments, failures, choices.  The kernels: test_cuda_kernels.py."""
 
+import ctypes
 import logging
 import re
 from functools import partial
@@ -21,6 +22,7 @@ def fresh():
     yield
     for function in (cuda.say_slower, cuda._unavailable, cuda._multiprocessor_count):
         function.cache_clear()
+    cuda._refused.clear()
 
 
 @pytest.fixture
@@ -153,6 +155,19 @@ def test_the_kernels_run_only_where_they_are_asked_for(device):
         cuda.packed_linear_cuda(**given, backend="cpu")
 
 
+def test_a_kernel_that_does_not_compile_is_tried_once(device, monkeypatch):
+    tries = []
+
+    def refuse(*arguments):
+        tries.append(arguments)
+        raise CompileError("its log")
+
+    monkeypatch.setattr(cuda, "run", refuse)
+    given = operands(3, 16, 128, 64)
+    assert torch.equal(packed_linear(**given), packed_linear(**given))
+    assert len(tries) == 1
+
+
 def test_wrong_arguments_are_refused_before_anything_runs(device):
     with pytest.raises(ValueError, match="scale must have shape"):
         packed_linear(**operands(3, 16, 128, 64) | {"scale": torch.ones(16, 3)})
@@ -211,3 +226,13 @@ def test_rows_are_padded_and_aligned():
 def test_the_operator_has_its_own_kernel_for_cuda_tensors():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("qat::packed_linear", "CUDA")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("qat::tiled_linear", "CUDA")
+
+
+def test_arguments_reach_the_kernel_as_pointers_and_c_ints():
+    core = pytest.importorskip("cuda.core")
+    handler = pytest.importorskip(f"{core.LaunchConfig.__module__.rpartition('.')[0]}._kernel_arg_handler")
+    x = torch.zeros(4)
+    holder = handler.ParamHolder([cuda.as_argument(value) for value in (x, None, -3, 2**31 - 1)])
+    addresses = (ctypes.c_void_p * 4).from_address(holder.ptr)
+    assert [ctypes.c_uint64.from_address(address).value for address in addresses[:2]] == [x.data_ptr(), 0]
+    assert [ctypes.c_int.from_address(address).value for address in addresses[2:]] == [-3, 2**31 - 1]

@@ -69,6 +69,11 @@ def every_case() -> list[Case]:
 CASES = every_case()
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("emulator") / "all", checked=False)
+
+
 def failures(runs) -> list[str]:
     return [f"{case} {order}: {wrong}" for case, order, outcome in runs if (wrong := outcome.wrong(case))]
 
@@ -77,8 +82,8 @@ def test_there_are_more_than_200_cases():
     assert len(CASES) > 200 and len(set(CASES)) == len(CASES)
 
 
-def test_kernels_equal_the_reference_bit_for_bit_in_every_order_of_threads(tmp_path):
-    assert failures(Emulator(tmp_path / "all", checked=False).run(CASES, ORDERS)) == []
+def test_kernels_equal_the_reference_bit_for_bit_in_every_order_of_threads(plain):
+    assert failures(plain.run(CASES, ORDERS)) == []
 
 
 def test_kernels_touch_no_memory_wrongly_and_have_no_races(tmp_path):
@@ -94,14 +99,14 @@ GENERAL = [
 ]
 
 
-def test_real_valued_layers_stay_within_the_rounding_of_sums_and_results(tmp_path):
+def test_real_valued_layers_stay_within_the_rounding_of_sums_and_results(plain):
     # u is half a unit in the last place of the type, e that of float32, A = sum |w x| + |bias|.  The kernel makes at
     # most 2 k float operations (k sums in the MMA, the groups' scaling and sums, warps or splits, the bias), each
     # wrong by e times a partial sum that is at most A; then it rounds once to the type.
     # The reference rounds each weight first, which may be another u A, sums in float32 too, and may round before it
     # adds the bias.
     e = 2.0**-24
-    for case, _, outcome in Emulator(tmp_path / "all", checked=False).run(GENERAL, ["random"]):
+    for case, _, outcome in plain.run(GENERAL, ["random"]):
         assert outcome.error == "", case
         given, u = case.operands, {"f16": 2.0**-11, "bf16": 2.0**-8}[case.dtype]
         weight, x, bias = dequantize(given.codes, given.scale).double(), given.x.double(), given.bias.double()
@@ -110,6 +115,5 @@ def test_real_valued_layers_stay_within_the_rounding_of_sums_and_results(tmp_pat
         assert ((got - exact).abs() <= sums + u * (exact.abs() + sums)).all(), case
         packed = pack(given.codes, case.bits)
         reference = packed_linear(given.x, packed, given.scale, None, given.bias, case.bits, case.group_size)
-        assert ((got - reference.double()).abs() <= u * size + 2 * sums + 3 * u * (exact.abs() + bias.abs())).all(), (
-            case
-        )
+        apart = u * size + 2 * sums + 3 * u * (exact.abs() + bias.abs())
+        assert ((got - reference.double()).abs() <= apart).all(), case
