@@ -19,7 +19,7 @@ _FREE = (
 
 
 def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
-    """Compare a run with its record in `out`, or write the record where there is none.
+    """Write the record of a run that starts in `out`; compare one that is resumed with its record.
 
     Args:
         out: the run's folder.
@@ -33,7 +33,7 @@ def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
     named = {f"digest of {name}": value for name, value in digests.items()}
     now = json.loads(json.dumps(dict(_flat({**plain, **named})), default=str))  # as it will be read back
     path = out / RECORD
-    if not path.exists():
+    if not cfg.resume or not path.exists():  # what was refused or killed before its first step left a record too
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=1) + "\n")
         os.replace(temporary, path)

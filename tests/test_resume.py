@@ -28,7 +28,7 @@ def test_the_same_run_goes_on(tmp_path):
 
 def test_what_no_weight_depends_on_may_change(tmp_path):
     check(tmp_path)
-    check(tmp_path, **{"logger.save_dir": "b", "trainer.enable_progress_bar": False})
+    check(tmp_path, **{"resume": True, "logger.save_dir": "b", "trainer.enable_progress_bar": False})
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_changed_key_is_refused_by_name_and_the_record_stays(tmp_path, key, va
     check(tmp_path)
     before = (tmp_path / RECORD).read_text()
     with pytest.raises(ValueError, match=rf"was started with {key}=.*leave {key} as it was, or start a new run"):
-        check(tmp_path, **{key: value})
+        check(tmp_path, **{"resume": True, key: value})
     assert (tmp_path / RECORD).read_text() == before
 
 
@@ -46,4 +46,10 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
     check(tmp_path)
     assert json.loads((tmp_path / RECORD).read_text())["digest of model"] == "abc"
     with pytest.raises(ValueError, match="digest of model=abc"):
-        check_resume(tmp_path, OmegaConf.create(CONFIG), model="xyz")
+        check_resume(tmp_path, OmegaConf.create({**CONFIG, "resume": True}), model="xyz")
+
+
+def test_a_new_run_where_one_never_got_to_train_has_a_record_of_its_own(tmp_path):
+    check(tmp_path)
+    check(tmp_path, **{"optim.lr": 1e-4})
+    check(tmp_path, **{"optim.lr": 1e-4, "resume": True})
