@@ -30,6 +30,9 @@ from qat.tasks.models import load
 def rules() -> Iterator[RangeCalibration]:
     yield RangeCalibration("absmax", weight="absmax")
     yield RangeCalibration("mse")
+    yield RangeCalibration("mse, signed", signed=True)
+    yield RangeCalibration("weighted mse, exponent 0.5, signed", importance=0.5, signed=True)
+    yield RangeCalibration("weighted mse, exponent 0.75, signed", importance=0.75, signed=True)
     for power in (0.25, 0.5, 0.75, 1.0):
         yield RangeCalibration(f"weighted mse, exponent {power:g}", importance=power)
 

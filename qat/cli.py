@@ -301,7 +301,7 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
             "shape": [layer.out_features, layer.in_features],
             "bytes": _bytes(layer.buffers()),
             "float_bytes": 2 * layer.out_features * layer.in_features,
-            "scale_range": [float(layer.scale.min()), float(layer.scale.max())],
+            "scale_range": [float(layer.scale.abs().min()), float(layer.scale.abs().max())],
             "error": None,
         }
         if whole is not None:

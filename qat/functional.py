@@ -21,18 +21,21 @@ def scale_dtype(spec: QuantSpec) -> torch.dtype:
 
 
 def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Round scales to the dtype the artifact stores them in, and keep them positive.
+    """Round scales to the dtype the artifact stores them in, and keep them away from zero.
 
     Args:
-        scale: any shape, floating.
+        scale: any shape, floating; a negative one turns the unpaired code qmin to the positive side.
 
     Returns:
         Same shape, float32 values that `spec.scale_dtype` represents exactly.
     """
     dtype = scale_dtype(spec)
-    if dtype == torch.float32 and scale.dtype == torch.float32:
-        return scale.clamp(min=SCALE_FLOOR[dtype])
-    return scale.float().clamp(min=SCALE_FLOOR[dtype]).to(dtype).float()
+    return away_from_zero(scale.float(), SCALE_FLOOR[dtype]).to(dtype).float()
+
+
+def away_from_zero(scale: Tensor, floor: float) -> Tensor:
+    """Scales, any shape, of at least `floor` in magnitude and with the sign they have."""
+    return scale.abs().clamp_(min=floor).copysign_(scale)
 
 
 def absmax_scale(absmax: Tensor, spec: QuantSpec) -> Tensor:
@@ -57,7 +60,7 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
     Args:
         x: (..., in), floating.
-        scale: (..., groups), float32, positive, as `store_scale` returns it.
+        scale: (..., groups), float32, not zero, as `store_scale` returns it.
 
     Returns:
         (..., in), float32 holding integers in [qmin, qmax].

@@ -72,14 +72,19 @@ class MSE(MinMax):
 
     Args:
         spec: of the tensor that is observed.
+        signed: give a row a negative scale where the unpaired code qmin then serves its positive extreme better.
         shrink: the smallest ratio tried.
         steps: how many ratios are tried at first, from 1.12 down; 11 finer ones around the best follow.
         most: values a row kept for the search (a random sample of more, the same columns in every row).
     """
 
-    def __init__(self, spec: QuantSpec, shrink: float = 0.4, steps: int = 37, most: int = 1 << 16):
+    def __init__(
+        self, spec: QuantSpec, signed: bool = False, shrink: float = 0.4, steps: int = 37, most: int = 1 << 16
+    ):
         super().__init__(spec)
+        self.signed = signed
         self.ratios = torch.linspace(_WIDEST, shrink, steps).tolist()
+        self.coarse = self.ratios[0] - self.ratios[1]
         self.most = most
         self.values: list[Tensor] = []
         self.importance: list[Tensor] = []
@@ -105,9 +110,10 @@ class MSE(MinMax):
         values = values[..., sample]
         assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
         best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
-        coarse = self.ratios[0] - self.ratios[1]
-        for tried in (self.ratios, torch.linspace(-coarse, coarse, _REFINED).tolist()):
-            middle = torch.zeros_like(best) if tried is self.ratios else best.clone()
+        signs = (1, -1) if self.signed else (1,)
+        coarse = [sign * ratio for sign in signs for ratio in self.ratios]
+        for tried in (coarse, torch.linspace(-self.coarse, self.coarse, _REFINED).tolist()):
+            middle = torch.zeros_like(best) if tried is coarse else best.clone()
             for ratio in tried:
                 scale = store_scale(start * (middle + ratio), self.spec)
                 error = fake_quantize(values, scale[:, None], self.spec).sub_(values).square_()

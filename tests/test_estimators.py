@@ -17,6 +17,7 @@ def example(bits: int, rows: int = 3, groups: int = 2, size: int = 16):
     """Values of which about a third is clipped, none near a rounding or clipping border."""
     generator = torch.Generator().manual_seed(bits)
     scale = 0.1 + torch.rand(rows, groups, generator=generator)
+    scale[:, ::2] *= -1
     codes = torch.randint(-(2**bits), 2**bits, (rows, groups, size), generator=generator).float()
     offset = 0.8 * (torch.rand(rows, groups, size, generator=generator) - 0.5)  # 0.1 away from every half
     x = ((codes + offset) * scale[..., None]).flatten(-2)

@@ -29,6 +29,9 @@ class RangeCalibration:
         importance: exponent a of the weights E[x_j^2]^a that the squared error of each input column gets, x being
             the layer's inputs over the calibration data.  1 is the diagonal of the layer's output error, 0 the
             plain squared error, which needs no data.
+        signed: let each scale of a weight take the sign with the smaller error.  The codes of b bits reach one step
+            further below zero than above, which a negative scale turns around; readers that multiply by the
+            scale need know nothing of it.
         input: observer of static activations: `absmax`, `ema` or `mse`.
 
     Raises:
@@ -40,6 +43,7 @@ class RangeCalibration:
         name: str,
         weight: Literal["absmax", "mse"] = "mse",
         importance: float = 0.0,
+        signed: bool = False,
         input: Literal["absmax", "ema", "mse"] = "mse",
     ):
         if weight not in ("absmax", "mse"):
@@ -50,7 +54,10 @@ class RangeCalibration:
             raise ValueError(f"calibration {name}: importance must be in [0, 1], got {importance}")
         if importance and weight != "mse":
             raise ValueError(f"calibration {name}: importance weights a squared error; use weight=mse with it")
-        self.name, self.weight, self.importance, self.input = name, weight, importance, input
+        if signed and weight != "mse":
+            raise ValueError(f"calibration {name}: signed chooses by squared error; use weight=mse with it")
+        self.name, self.weight, self.importance = name, weight, importance
+        self.signed, self.input = signed, input
 
     def needs_data(self, model: nn.Module) -> bool:
         """Whether calibrating `model` runs it on data."""
@@ -102,7 +109,8 @@ class RangeCalibration:
         scales = []
         weight = layer.weight.reshape(stored.shape[0], -1)
         for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-            observer = OBSERVERS[self.weight](layer.weight_quantizer.spec)
+            spec = layer.weight_quantizer.spec
+            observer = MSE(spec, self.signed) if self.weight == "mse" else MinMax(spec)
             values = rows.reshape(len(rows) * stored.shape[1], -1)
             if isinstance(observer, MSE):
                 observer.most = values.shape[1]

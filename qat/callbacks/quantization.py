@@ -20,7 +20,7 @@ from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
-from qat.functional import SCALE_FLOOR
+from qat.functional import SCALE_FLOOR, away_from_zero
 from qat.insertion import insert, layers, quantizers, set_stage, untie
 from qat.scheme import SchemeMap
 from qat.training import scale_parameters
@@ -143,7 +143,7 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         with torch.no_grad():
             for scale in scale_parameters(pl_module):
-                scale.clamp_(min=SCALE_FLOOR[torch.float32])
+                scale.copy_(away_from_zero(scale, SCALE_FLOOR[torch.float32]))
 
     @staticmethod
     def _settle(pl_module: nn.Module) -> None:

@@ -115,6 +115,33 @@ def test_importance_minimises_the_error_weighted_by_the_layers_inputs(weight, po
     assert errors["weighted_mse"].sum() < 0.99 * errors["mse"].sum()
 
 
+@pytest.mark.parametrize("weight", list(WEIGHTS))
+def test_a_signed_scale_is_never_worse_and_turns_to_the_larger_extreme(weight):
+    errors, scales = {}, {}
+    for signed in (False, True):
+        model = network(weight)
+        calibrate(RangeCalibration("test", signed=signed), model)
+        layer = model[0]
+        scale = scales[signed] = layer.weight_quantizer.scale.detach()
+        quantized = fake_quantize(layer.weight.detach(), scale, layer.scheme.weight)
+        errors[signed] = (quantized - layer.weight.detach()).double().square().reshape(scale.numel(), -1).sum(1)
+    assert (scales[False] > 0).all()
+    # Both refine from the grid's best point, which may be another one: never worse by more than the grid resolves.
+    assert (errors[True] <= 1.02 * errors[False]).all()
+    assert errors[True].sum() < errors[False].sum() or weight == "tensor"
+
+
+def test_a_group_with_one_large_positive_weight_gets_a_negative_scale():
+    model = network("group")
+    with torch.no_grad():
+        model[0].weight.mul_(16).round_().div_(8)  # multiples of 1/8 up to 1/2, and 1 first in each group:
+        model[0].weight[:, ::8] = 1.0  # exact with a scale of -1/8, and with no positive one
+    calibrate(RangeCalibration("test", signed=True), model)
+    scale = model[0].weight_quantizer.scale
+    assert (scale < 0).all()
+    assert (fake_quantize(model[0].weight, scale, WEIGHTS["group"])[:, ::8] / scale == -8).all()
+
+
 @pytest.mark.parametrize("observer", ["absmax", "ema", "mse"])
 @pytest.mark.parametrize("padding", [1e4, torch.nan], ids=["huge", "NaN"])
 @pytest.mark.parametrize("importance", [0.0, 0.5], ids=["plain", "importance"])

@@ -50,7 +50,8 @@ def layer(bits: int, group: int, inputs: int, outputs: int = 7, scale=None, dtyp
     """Operands packed, scale, zero_point, bias, bits, group_size."""
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, inputs))
     if scale is None:
-        scale = torch.exp2(torch.randint(-3, 3, (outputs, inputs // (group or inputs))))
+        shape = outputs, inputs // (group or inputs)
+        scale = torch.exp2(torch.randint(-3, 3, shape)) * (1 - 2 * torch.randint(0, 2, shape))
     bias = torch.randint(-3, 4, (outputs,)).to(dtype)
     return pack(codes, bits), scale, None, bias, bits, group or inputs
 
@@ -80,7 +81,7 @@ def test_any_numbers_are_as_near_to_the_reference_as_float32_sums_allow(name, dt
     bits, input_bits = SCHEMES[name]
     for (group, inputs), tokens, rule in itertools.product(SHAPES, TOKENS, ("qmax", "half_range")):
         packed, scale, zero, bias, *rest = layer(bits, group, inputs, dtype=dtype)
-        scale = (0.1 + torch.rand(scale.shape)).bfloat16()
+        scale = ((0.1 + torch.rand(scale.shape)) * scale.sign()).bfloat16()
         x = torch.randn(tokens, inputs).to(dtype)
         given = (packed, scale, zero, bias, *rest, input_bits, None, rule)
         # The reference in float64: the codes of x are those of float32, products and sums have no error to speak of.
