@@ -4,18 +4,16 @@
     python benchmarks/train_step.py --rounds 3 --group-size 32
 
 Times: the variants take turns (plain, qat, torchao, plain, ...) in one process on the same batches, and the
-ratio of the medians is reported, since the machine is shared.  Memory: a fresh process for each variant, peak
-resident memory (or allocated, on a GPU) above what was there when the model had been loaded.  torchao is left
-out where it is not installed.
+ratio of the medians is reported, since the machine is shared.  Memory: the most that torch's allocator held above the
+loaded model in two steps of a model of its own, which is exact and repeats to the byte (resident memory, which the
+system rounds and reuses, varies by 2 %).  torchao is left out where it is not installed.
 """
 
 import argparse
+import itertools
 import json
-import resource
 import statistics
-import subprocess
-import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 VARIANTS = ("plain", "qat", "torchao")
 
@@ -86,32 +85,24 @@ def times(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[
 
 
 def peak_memory(variant: str, arguments: argparse.Namespace) -> int:
-    """Bytes above the loaded model at the worst moment of three steps; called in a process of its own."""
+    """Bytes that torch's allocator held above the loaded model at the worst moment of two steps."""
     model, optimizer = prepare(variant, arguments.group_size, arguments.device)
-    data = batches(3, arguments.tokens, arguments.device)
+    data = batches(2, arguments.tokens, arguments.device)
     if arguments.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for batch in data:
             step(model, optimizer, batch)
         return torch.cuda.max_memory_allocated() - before
-    before, peak, done = _resident(), [0], threading.Event()
-
-    def watch() -> None:  # preparation may have peaked higher than training does, so ru_maxrss will not do
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], _resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for batch in data:
-        step(model, optimizer, batch)
-    done.set()
-    watcher.join()
-    return max(peak[0], _resident()) - before
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for batch in data:
+            step(model, optimizer, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(itertools.accumulate(changes))
 
 
 def main() -> None:
@@ -121,11 +112,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/train_step.json"))
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, arguments))
-        return
     variants = list(VARIANTS)
     try:
         import torchao
@@ -133,10 +120,7 @@ def main() -> None:
         torchao = None
         variants.remove("torchao")
     seconds = {v: statistics.median(t) for v, t in times(variants, arguments).items()}
-    memory = {}
-    for variant in variants:
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
-        memory[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    memory = {v: peak_memory(v, arguments) for v in track(variants, "memory", transient=True)}
 
     table = Table(title=f"embedded model, {arguments.tokens} tokens a step, w4a16 g{arguments.group_size}")
     for column in ("training", "s/step (median)", "ratio", "peak MB", "ratio"):
