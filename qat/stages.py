@@ -165,7 +165,7 @@ class Run:
             optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
             trainer=settings,
             seed=self.cfg.seed,
-            torch=torch.__version__,
+            versions=[__version__, torch.__version__],
         )
         if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
             log.info("control trained before: %s", self.control_at)

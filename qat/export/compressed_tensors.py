@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qat.export.directory import atomic_directory, write_weights
 from qat.export.fold import Folded
+from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
 from qat.insertion import layers
 from qat.packing import pack
@@ -45,7 +46,8 @@ def write(
         tokenizer: saved beside the model.
         dtype: of the tensors that stay in float; the model's by default.
         provenance: plain values for `qat.json`.
-        check: called with the written directory before it takes its name; what it raises stops the export.
+        check: called with the written directory before it takes its name; what it raises stops the export, and a
+            VerificationError leaves the directory under another name.
 
     Raises:
         ValueError: `directory` exists, or a scheme has no place in this format.
@@ -60,7 +62,7 @@ def write(
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer_tensors(layer).items()}
     described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
-    with atomic_directory(directory, needed) as partial:
+    with atomic_directory(directory, needed, (VerificationError,)) as partial:
         _write_config(partial, model, folded, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -23,12 +23,15 @@ WEIGHTS = "model.safetensors"
 
 
 @contextmanager
-def atomic_directory(target: str | Path, bytes_needed: int) -> Iterator[Path]:
+def atomic_directory(
+    target: str | Path, bytes_needed: int, refusal: tuple[type[Exception], ...] = ()
+) -> Iterator[Path]:
     """A new directory beside `target` that takes its name when the block ends, or is removed if it fails.
 
     Args:
         target: must not exist.
         bytes_needed: what will be written, roughly; refused before the start if the disk has less.
+        refusal: errors that say that all was written, but is not right: they leave it in `<target>.refused-...`.
 
     Yields:
         The directory to write into.
@@ -58,6 +61,11 @@ def atomic_directory(target: str | Path, bytes_needed: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"{_space(target, bytes_needed, free)}: {error}") from error
+    except refusal as error:
+        kept = partial.rename(target.parent / partial.name.removeprefix(".").replace(".partial-", ".refused-"))
+        raise type(error)(
+            f"{error}\nWhat was written is kept, to be looked at and not to be served, in {kept}"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

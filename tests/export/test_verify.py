@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 import tempfile
 from collections import OrderedDict
@@ -127,12 +128,15 @@ def test_values_that_are_not_finite_are_refused_by_layer(value, where, recorded_
 
 
 def refused(model, recorded, target, *expected: str) -> None:
-    """The export fails verification, says `expected`, and leaves nothing behind."""
+    """The export fails verification, says `expected`, and keeps what it refused under a name of its own."""
     with pytest.raises(VerificationError) as failure:
         export(model, recorded, target)
     for text in expected:
         assert text in str(failure.value)
-    assert not list(target.parent.iterdir())
+    (kept,) = target.parent.iterdir()
+    assert kept.name.startswith(f"{target.name}.refused-") and str(kept) in str(failure.value)
+    assert {"config.json", "model.safetensors", "qat.json"} <= {path.name for path in kept.iterdir()}
+    shutil.rmtree(kept)
 
 
 def swapped_nibbles(codes, bits):
