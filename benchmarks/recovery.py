@@ -1,7 +1,7 @@
 """Accuracy of INT4 training against torchao's QAT: same float model, batches, steps, schedule and lr grid.
 
     python benchmarks/recovery.py                       # g128 and g32, three seeds; hours on two cores, resumable
-    python benchmarks/recovery.py --steps 120 --lr 3e-4 1e-3
+    python benchmarks/recovery.py --groups 128 --seeds 0 --scale-lr 3e-5    # one row; other settings add runs
 
 For each method the learning rate is chosen on the validation split with the first group size and seed, and kept for
 the others.  Figures are losses on the test split in nats per token; differences are paired over documents, and more
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from qat.calibration import CALIBRATIONS
 from qat.callbacks import QuantizationAwareTraining
+from qat.callbacks.control import weights_digest
 from qat.callbacks.measure import Measure
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
@@ -93,7 +94,7 @@ def losses(run: dict, split: str) -> DocumentLosses:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--scale-lr", type=float, default=1e-4)
     parser.add_argument("--calibration", default="weighted_mse", choices=list(CALIBRATIONS))
     parser.add_argument(
@@ -108,7 +109,10 @@ def main() -> None:
 
     torch.set_flush_denormal(True)
     console = Console()
-    state = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": {}}
+    model = weights_digest(load("stdlib_llama")[0])
+    state = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"model": model, "runs": {}}
+    if state.get("model") != model:
+        parser.error(f"{arguments.json} holds runs of another float model: move it away, or choose another --json")
 
     def run(method: str, group: int, lr: float, seed: int) -> dict:
         tuned = (
