@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat.inference.packed import PackedLinear
 from qat.kernels import cuda
+from qat.kernels import device as kernels_device
 from qat.kernels.plan import why_not
 from qat.kernels.tiles import tile_scale
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class CudaLinear(nn.Module):
-    """`qat::tiled_linear` with its tensors, in place of a `PackedLinear` on a CUDA device.
+    """`qat::tiled_linear` or `qat::tiled_linear_int8` with its tensors, in place of a `PackedLinear` on a CUDA device.
 
     `tiles` (words,) int32 and `scale` (ceil(out / 16), groups, 16) are in the order of the kernels and hold
     what the packed layer held; `bias` (out,) or None.
@@ -31,20 +32,46 @@ class CudaLinear(nn.Module):
 
     tiles: Tensor
     scale: Tensor
+    input_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, layer: PackedLinear, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bits, self.group_size = layer.bits, layer.group_size
+        self.bits, self.group_size, self.input_bits = layer.bits, layer.group_size, layer.input_bits
+        self.input_rule = "qmax" if layer.scheme.input is None else layer.scheme.input.absmax_rule
         self.register_buffer("tiles", cuda.repack(layer.packed, layer.bits, layer.in_features))
         self.register_buffer("scale", tile_scale(layer.scale, dtype))
+        self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.float())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the input's dtype."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out), in the input's dtype; `residual` (..., out) is added in the same launch."""
+        if self.input_bits:
+            return self.multiply(*self.quantize(input), input.dtype, residual)
         return torch.ops.qat.tiled_linear(
-            input, self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features
+            input, self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features, residual
+        )
+
+    def quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes and scales of (..., in) by the scheme; see `qat.kernels.cuda.quantize_tokens`."""
+        return torch.ops.qat.quantize_tokens(input, self.input_scale, self.input_bits, self.input_rule)
+
+    def multiply(
+        self, codes: Tensor, token_scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        """`forward` on codes and scales that `quantize`, another layer's, or `rmsnorm_quantize` gave; -> `dtype`."""
+        return torch.ops.qat.tiled_linear_int8(
+            codes,
+            token_scale,
+            self.tiles,
+            self.scale,
+            self.bias,
+            self.bits,
+            self.group_size,
+            self.out_features,
+            dtype,
+            residual,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
@@ -73,7 +100,7 @@ def require_cuda(device: torch.device) -> None:
         raise ValueError(f"backend cuda runs on NVIDIA GPUs, not on {device}: use device=cuda or another backend")
     if not torch.cuda.is_available():
         raise ValueError("backend cuda needs an NVIDIA GPU, its driver, and a torch built for CUDA: none was found")
-    if reason := cuda.unavailable(device):
+    if reason := kernels_device.unavailable(device):
         raise ValueError(f"backend cuda: {reason}; backend=reference runs everywhere")
 
 
