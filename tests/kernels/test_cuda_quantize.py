@@ -1,12 +1,13 @@
 """Quantization of tokens, alone and behind RMSNorm, on the emulator against `qat.functional` and transformers' norm."""
 
+import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
 
 import pytest
 import torch
-from emulator import DTYPES, ORDERS, Emulator, why_no_emulator
+from emulator import DTYPES, KERNELS, ORDERS, Emulator, why_no_emulator
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -128,3 +129,36 @@ def test_codes_and_scales_are_the_references_bit_for_bit_in_every_order_of_threa
 def test_the_kernels_touch_no_memory_wrongly_and_have_no_races(tmp_path):
     emulator = Emulator(tmp_path / "all", checked=True, source="run_quantize.cpp")
     assert failures(emulator, [(case, ORDERS[i % 3]) for i, case in enumerate(CASES)]) == []
+
+
+WAIT = "    griddepcontrol_wait();\n"
+NORMAL = "const float normal = value_of<T>(v, i) * inverse"
+BUGS = {  # a replacement, and what the emulator must say: "scale" or "codes" for a wrong result
+    "missing barrier": ("    __syncthreads();\n", "", "shared byte"),
+    "half a butterfly": ("distance = 16; distance", "distance = 8; distance", "scale"),
+    "a warp forgotten": ("w < QUANTIZE_WARPS;", "w < QUANTIZE_WARPS - 1;", "scale"),
+    "tail off by one": ("k < row_stride<T>(K) ?", "k <= row_stride<T>(K) ?", "'x'"),
+    "smallest code lost": ("q < -qmax - 1 ? -qmax - 1", "q < -qmax ? -qmax", "codes"),
+    "no floor": ("max_nan(div_rn(largest, divisor), floor)", "max_nan(div_rn(largest, divisor), 0 * floor)", "scale"),
+    "times a reciprocal": ("i % 8), scale)", "i % 8) * div_rn(1.f, scale), 1.f)", "codes"),
+    "wrong rule": ("half_range ? float(qmax) + 0.5f", "half_range ? float(qmax)", "scale"),
+    "norm rounded once": ("const T normal = from_float(T(), value_of<T>(v, i) * inverse)", NORMAL, "codes"),
+    "eps forgotten": ("float(K)) + eps", "float(K)) + 0 * eps", "scale"),
+    "shared memory used twice": ("half_range, of_warp[1]);", "half_range, of_warp[0]);", "race"),
+    "x before griddepcontrol.wait": (WAIT + "    float largest", "    float largest", "before griddepcontrol.wait"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path_factory):
+    old, new, seen_as = BUGS[name]
+    folder = tmp_path_factory.getbasetemp() / "quantize-bugs"
+    mutant = folder / name.replace(" ", "-")
+    folder.mkdir(exist_ok=True)
+    shutil.copytree(KERNELS, mutant)
+    text = (mutant / "quantize.cuh").read_text()
+    assert text.count(old) == 1, f"the text to replace occurs {text.count(old)} times"
+    (mutant / "quantize.cuh").write_text(text.replace(old, new))
+    emulator = Emulator(mutant, checked=True, kernels=mutant, source="run_quantize.cpp")
+    seen = failures(emulator, [(case, ORDERS[i % 3]) for i, case in enumerate(CASES)])
+    assert any(seen_as in wrong.split(": ", 1)[1] for wrong in seen), seen[:3]

@@ -28,7 +28,7 @@ template <int BITS, int R>
 constexpr int SMALL_DEPTH = R * TILE_VECTORS<BITS> <= 2 ? 4 : 2;
 
 template <class In, class T, class S, int BITS, int PASSES, int R>
-__global__ void __launch_bounds__(SMALL_WARPS * 32)
+__global__ void __launch_bounds__(SMALL_WARPS * 32, 2)
 linear_small(const uint4* __restrict__ tiles, const S* __restrict__ scale, const In* __restrict__ x,
              const float* __restrict__ token_scale, const T* __restrict__ bias, const T* __restrict__ residual,
              T* __restrict__ y, int M, int N, int K, int groups, int swiglu) {
