@@ -156,9 +156,12 @@ class Operands:
         if case.epilogue != "swiglu":
             return linear, linear
         gate, up = linear[:, ::2].double(), linear[:, 1::2].float()
-        # exp2 of a rounded product: the product is below 2^7 where the result is no zero, wrong by 2^-18 at most
-        ends = [(gate / (1 + (-gate).exp()) * (1 + wrong)).to(dtype).float() * up for wrong in (-(2.0**-18), 2.0**-18)]
-        return torch.minimum(*ends).to(dtype), torch.maximum(*ends).to(dtype)
+        silu = gate / (1 + (-gate).exp())
+        # exp2 of a rounded product, below 2^7 and so wrong by 2^-18 at most; beyond, the exponential overflows and
+        # the result is 0 instead of 10^-36, as torch's is.
+        ends = torch.stack([silu * (1 - 2.0**-18), silu * (1 + 2.0**-18), silu.where(gate > -87, 0)])
+        results = (ends.to(dtype).float() * up).to(dtype).float()
+        return results.amin(0).to(dtype), results.amax(0).to(dtype)
 
     def float_linear(self, case: Case) -> Tensor:
         """(m, n), float32."""

@@ -250,3 +250,63 @@ def test_arguments_reach_the_kernel_as_pointers_and_c_ints():
     assert [ctypes.c_uint64.from_address(address).value for address in addresses[:2]] == [x.data_ptr(), 0]
     assert [ctypes.c_int.from_address(address).value for address in addresses[2:4]] == [-3, 2**31 - 1]
     assert ctypes.c_float.from_address(addresses[4]).value == ctypes.c_float(0.1).value
+
+
+def test_a_norm_and_its_quantization_are_one_launch_that_fits_the_signature(device):
+    x, weight = torch.randn(2, 3, 250).half(), torch.ones(250).half()
+    codes, scale = cuda.rmsnorm_quantize(x, weight, 1e-5, rule="half_range")
+    assert codes.shape == (2, 3, 256) and codes.dtype == torch.int8
+    assert scale.shape == (2, 3) and scale.dtype == torch.float32
+    ((launch, arguments),) = device
+    assert launch.grid == (6, 1, 1) and launch.shared_bytes == 512
+    assert [name for _, name in signature("rmsnorm_quantize")][-4:] == ["K", "eps", "qmax", "half_range"]
+    assert arguments[-4:] == (250, 1e-5, 127, 1)
+    assert [a.shape for a in arguments[:2]] == [(6, 256), (1, 256)]
+    with pytest.raises(ValueError, match=r"weight must be torch\.float16"):
+        cuda.rmsnorm_quantize(x, weight.float(), 1e-5)
+    with pytest.raises(ValueError, match="a token has 1 to 49152 values"):
+        cuda.quantize_tokens(torch.ones(1, 50000).half())
+
+
+@pytest.mark.parametrize("m", [3, 9, 70])
+def test_swiglu_halves_the_result_and_a_residual_keeps_it(device, m, monkeypatch):
+    given = operands(m, 40, 1024, 64)
+    tiles, scale = cuda.repack(given["packed"], 4, 1024), tile_scale(given["scale"], torch.bfloat16)
+    weight = torch.randn(40, 1024).to(torch.bfloat16)
+    monkeypatch.setattr(cuda, "dense", lambda tiles, scale, layer: weight)
+    call = partial(cuda.tiled_linear, given["x"], tiles, scale, given["bias"], 4, 64, 40)
+    residual = torch.randn(m, 40).to(torch.bfloat16)
+    assert call(swiglu=True).shape == (m, 20)
+    if m <= 64:
+        assert dict(zip([n for _, n in signature("linear_small")], device[1][1], strict=False))["tiles"] is tiles
+        assert device[-1][1][-1] == 1
+        call(residual=residual)
+        assert device[-1][1][-1] == 0 and any(a is residual for a in device[-1][1])
+    else:
+        linear = torch.nn.functional.linear(given["x"], weight, given["bias"])
+        assert torch.equal(call(swiglu=True), torch.nn.functional.silu(linear[:, ::2]) * linear[:, 1::2])
+        assert torch.equal(call(residual=residual), residual + linear)
+    with pytest.raises(ValueError, match="swiglu takes an even number of rows and no residual"):
+        call(residual=residual, swiglu=True)
+    with pytest.raises(ValueError, match=r"residual must be torch\.bfloat16"):
+        call(residual=residual.float())
+
+
+def test_int8_operands_have_fakes_and_are_refused_by_name():
+    x = torch.ones(2, 3, 130, dtype=torch.float16, device="meta")
+    codes, token_scale = torch.ops.qat.quantize_tokens(x)
+    assert codes.shape == (2, 3, 144) and token_scale.shape == (2, 3)
+    assert torch.ops.qat.rmsnorm_quantize(x, x[0, 0], 1e-6)[0].shape == (2, 3, 144)
+    tiles = torch.zeros(768, dtype=torch.int32, device="meta")
+    scale = torch.ones(1, 1, 16, dtype=torch.float16, device="meta")
+    call = partial(torch.ops.qat.tiled_linear_int8, scale=scale, bias=None, bits=8, group_size=130, out_features=14)
+    given = {"codes": codes, "token_scale": token_scale, "tiles": tiles, "dtype": torch.float16}
+    out = call(**given, swiglu=True)
+    assert out.shape == (2, 3, 7) and out.dtype == torch.float16
+    for change, message in (
+        ({"codes": codes[..., :130]}, "codes must be contiguous torch.int8"),
+        ({"token_scale": token_scale[0]}, "token_scale must be contiguous torch.float32"),
+        ({"dtype": torch.float32}, "no kernel for activations in float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**given | change)
