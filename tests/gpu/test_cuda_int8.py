@@ -37,7 +37,7 @@ def test_int8_activations_are_multiplied_exactly(m, scheme, dtype):
     token_scale = torch.rand(m, generator=g, device="cuda") * 2**-6
     bias = torch.randn(n, generator=g, device="cuda").to(dtype)
     out = torch.ops.qat.tiled_linear_int8(x, token_scale, tiles, runtime_scale, bias, bits, group_size, n, dtype)
-    # exact in float64; in units of 2^-9 below 2^24 they are float32 numbers for groups, and are rounded once for channels
+    # exact in float64; in units of 2^-9 they are below 2^24 for groups, and are rounded once for channels
     sums = (x.double() @ dequantize(codes, scale).double().T).float()
     assert torch.equal(out, (sums * token_scale[:, None] + bias.float()).to(dtype))
 

@@ -5,8 +5,14 @@ from itertools import cycle, product
 from random import Random
 
 import pytest
+import torch
 from emulator import MEDIUM, ORDERS, SMALL, Case, Emulator, why_no_emulator
 from test_cuda_kernels import MEDIUM_SHAPES, SMALL_SHAPES, failures
+
+from qat.functional import dequantize, dynamic_scale, quantize
+from qat.kernels import reference
+from qat.kernels.reference import input_spec
+from qat.packing import pack
 
 pytestmark = pytest.mark.skipif(why_no_emulator() is not None, reason=str(why_no_emulator()))
 
@@ -70,3 +76,17 @@ def test_int8_kernels_touch_no_memory_wrongly_and_have_no_races(tmp_path):
     emulator = Emulator(tmp_path / "all", checked=True, define=DEFINE)
     for turn, order in enumerate(ORDERS):
         assert failures(emulator.run(CASES[turn :: len(ORDERS)], [order])) == []
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 256), (4, 256), (4, 64), (4, 32)])
+def test_the_formula_is_the_references_but_for_the_rounding_of_sums(bits, group_size):
+    case = Case(SMALL, 1, "f16", bits, group_size, 5, 24, 256, int8_input=True, float_scale=True)
+    given, spec = case.operands, input_spec(8, "half_range")
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    scale = dynamic_scale(x, spec)
+    mine = replace(given, x=quantize(x, scale, spec).to(torch.int8), token_scale=scale[:, 0]).integer_linear(case)
+    packed, bias = pack(given.codes, bits), given.bias.float()
+    theirs = reference.packed_linear(x, packed, given.scale, None, bias, bits, group_size, 8, None, "half_range")
+    # Each is within k + 3 roundings of float32 of the same exact sum, whose products are at most `size` together.
+    size = (quantize(x, scale, spec) * scale).abs() @ dequantize(given.codes, given.scale).abs().T + bias.abs()
+    assert ((mine - theirs).abs() <= 2 * (256 + 3) * 2.0**-24 * size).all()
