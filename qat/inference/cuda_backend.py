@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from qat.inference.packed import PackedLinear
 from qat.kernels import cuda
+from qat.kernels import device as kernels_device
 from qat.kernels.plan import why_not
-from qat.kernels.tiles import tile_scale
+from qat.kernels.tiles import interleave_rows, tile_scale
 
 log = logging.getLogger(__name__)
 
 
 class CudaLinear(nn.Module):
-    """`qat::tiled_linear` with its tensors, in place of a `PackedLinear` on a CUDA device.
+    """`qat::tiled_linear` or `qat::tiled_linear_int8` with its tensors, in place of a `PackedLinear` on a CUDA device.
 
     `tiles` (words,) int32 and `scale` (ceil(out / 16), groups, 16) are in the order of the kernels and hold
     what the packed layer held; `bias` (out,) or None.
@@ -24,6 +26,8 @@ class CudaLinear(nn.Module):
     Args:
         layer: filled, on a CUDA device.
         dtype: of the activations, float16 or bfloat16.
+        swiglu: rows of `layer` are gate and up by turns, as `join_rows` interleaves them, and the result is
+            silu(gate) * up, (..., out / 2).
 
     Raises:
         CompileError: the kernel that repacks cannot be compiled.
@@ -31,21 +35,37 @@ class CudaLinear(nn.Module):
 
     tiles: Tensor
     scale: Tensor
+    input_scale: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, layer: PackedLinear, dtype: torch.dtype):
+    def __init__(self, layer: PackedLinear, dtype: torch.dtype, swiglu: bool = False):
         super().__init__()
+        self.swiglu = swiglu
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bits, self.group_size = layer.bits, layer.group_size
+        self.bits, self.group_size, self.input_bits = layer.bits, layer.group_size, layer.input_bits
+        self.input_rule = "qmax" if layer.scheme.input is None else layer.scheme.input.absmax_rule
         self.register_buffer("tiles", cuda.repack(layer.packed, layer.bits, layer.in_features))
         self.register_buffer("scale", tile_scale(layer.scale, dtype))
+        self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.float())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the input's dtype."""
-        return torch.ops.qat.tiled_linear(
-            input, self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features
-        )
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out), in the input's dtype; `residual` (..., out) is added in the same launch."""
+        if self.input_bits:
+            return self.multiply(*self.quantize(input), input.dtype, residual)
+        weight = (self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features)
+        return torch.ops.qat.tiled_linear(input, *weight, residual, self.swiglu)
+
+    def quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes and scales of (..., in) by the scheme; see `qat.kernels.cuda.quantize_tokens`."""
+        return torch.ops.qat.quantize_tokens(input, self.input_scale, self.input_bits, self.input_rule)
+
+    def multiply(
+        self, codes: Tensor, token_scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        """`forward` on codes and scales that `quantize`, another layer's, or `rmsnorm_quantize` gave; -> `dtype`."""
+        weight = (self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features)
+        return torch.ops.qat.tiled_linear_int8(codes, token_scale, *weight, dtype, residual, self.swiglu)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
         """Follow the model to another device, never to another dtype: rounded scales are another model.
@@ -63,6 +83,37 @@ class CudaLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
+def join_rows(layers: Sequence[PackedLinear], interleave: bool = False) -> PackedLinear:
+    """Layers that read the same input as one: q, k and v below each other, or gate and up by turns for SwiGLU.
+
+    Args:
+        layers: filled, of one scheme, equal inputs and, where it is static, one input scale; all or none with a bias.
+        interleave: for two layers of equal shape: row 2j is the first one's row j, row 2j + 1 the second one's.
+
+    Raises:
+        ValueError: they cannot be one layer.
+    """
+    first = layers[0]
+    for layer in layers[1:]:
+        alike = (layer.scheme, layer.in_features) == (first.scheme, first.in_features)
+        alike &= (layer.bias is None) == (first.bias is None)
+        if first.input_scale is not None and layer.input_scale is not None:
+            alike &= torch.equal(layer.input_scale, first.input_scale)
+        if not alike or (interleave and layer.out_features != first.out_features):
+            raise ValueError(f"these layers cannot be one: {first.extra_repr()} and {layer.extra_repr()}")
+    if interleave and len(layers) != 2:
+        raise ValueError(f"two layers are interleaved, not {len(layers)}")
+    joined = PackedLinear(
+        first.in_features, sum(layer.out_features for layer in layers), first.scheme, False, device=first.packed.device
+    )
+    joined.input_scale = first.input_scale
+    for name in ("packed", "scale", "bias"):
+        rows = [getattr(layer, name) for layer in layers]
+        if rows[0] is not None:
+            setattr(joined, name, interleave_rows(*rows) if interleave else torch.cat(rows))
+    return joined
+
+
 def require_cuda(device: torch.device) -> None:
     """Refuse a device that the kernels do not run on, before anything is loaded.
 
@@ -73,7 +124,7 @@ def require_cuda(device: torch.device) -> None:
         raise ValueError(f"backend cuda runs on NVIDIA GPUs, not on {device}: use device=cuda or another backend")
     if not torch.cuda.is_available():
         raise ValueError("backend cuda needs an NVIDIA GPU, its driver, and a torch built for CUDA: none was found")
-    if reason := cuda.unavailable(device):
+    if reason := kernels_device.unavailable(device):
         raise ValueError(f"backend cuda: {reason}; backend=reference runs everywhere")
 
 

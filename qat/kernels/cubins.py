@@ -24,7 +24,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
-HEADERS = ("repack", "linear_small", "linear_medium", "dequantize")
+HEADERS = ("repack", "linear_small", "linear_medium", "dequantize", "quantize")
 OLDEST = (8, 0)  # mma.m16n8k16 on bfloat16 and cp.async
 
 

@@ -3,36 +3,47 @@
     qat::packed_linear   on the canonical bytes: repacks them into a workspace at every call, so that it needs no
                          second copy of the weights and no state
     qat::tiled_linear    on tiles that `repack` made once; what `qat.inference` uses after loading
+    qat::tiled_linear_int8   the same on the codes and scales of `quantize_tokens` or `rmsnorm_quantize`
 
 What no kernel computes goes to the reference, with one logged line that says why.  The kernels keep exact integers in
 the matrix units and multiply float sums by the scale, where the reference rounds scale * code to the activations'
-type first: results agree bit for bit where sums and products are exact, and else to within that rounding.
+type first: results agree bit for bit where sums and products are exact, and else to within that rounding.  Quantized
+activations are multiplied as integers, where the reference rounds code * scale to the activations' type: the codes and
+scales are the same.
 
 The kernels have run on the emulator of `tests/kernels/simt`, and compile for sm_80, 86, 89 and 90a; none has run on a
 GPU yet.
 """
 
-import ctypes
 import logging
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.kernels import cubins, reference
+from qat.kernels import cubins, device, reference
+from qat.kernels.cuda_quantize import quantize_tokens, rmsnorm_quantize
 from qat.kernels.ops import check
 from qat.kernels.plan import (
     MEDIUM_TOKENS,
-    Launch,
     Layer,
     dequantize_launch,
     plan,
     repack_launch,
     why_not,
 )
-from qat.kernels.tiles import padded_rows, tile_scale
+from qat.kernels.tiles import padded_codes, padded_rows, tile_scale
+
+__all__ = [
+    "dense",
+    "packed_linear_cuda",
+    "quantize_tokens",
+    "repack",
+    "rmsnorm_quantize",
+    "tiled_linear",
+    "tiled_linear_int8",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +52,14 @@ _refused: dict[torch.device, str] = {}
 
 torch.library.define(
     "qat::tiled_linear",
-    "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int bits, int group_size, int out_features) -> Tensor",
+    "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int bits, int group_size, int out_features, "
+    "Tensor? residual=None, bool swiglu=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "qat::tiled_linear_int8",
+    "(Tensor codes, Tensor token_scale, Tensor tiles, Tensor scale, Tensor? bias, int bits, int group_size, "
+    "int out_features, ScalarType dtype, Tensor? residual=None, bool swiglu=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -67,11 +85,17 @@ def packed_linear_cuda(
     if backend != "cuda":
         raise ValueError(f"qat::packed_linear: backend must be reference or cuda for CUDA tensors, got {backend!r}")
     reason = why_not(bits, group_size, x.shape[-1], x.dtype, zero_point is not None, input_bits)
-    reason = reason or unavailable(x.device) or _refused.get(x.device)
+    reason = reason or device.unavailable(x.device) or _refused.get(x.device)
     if reason is None:
         try:
             tiles = repack(packed, bits, x.shape[-1])
-            return tiled_linear(x, tiles, tile_scale(scale, x.dtype), bias, bits, group_size, packed.shape[0])
+            runtime_scale, out_features = tile_scale(scale, x.dtype), packed.shape[0]
+            if not input_bits:
+                return tiled_linear(x, tiles, runtime_scale, bias, bits, group_size, out_features)
+            codes, token_scale = quantize_tokens(x, input_scale, input_bits, input_rule)
+            return tiled_linear_int8(
+                codes, token_scale, tiles, runtime_scale, bias, bits, group_size, out_features, x.dtype
+            )
         except cubins.CompileError as error:
             reason = _refused[x.device] = str(error)
     say_slower(reason)
@@ -100,14 +124,22 @@ def repack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """
     layer = Layer(packed.shape[0], in_features, bits, in_features, torch.float16, torch.float16)
     tiles = torch.empty(layer.tile_words, dtype=torch.int32, device=packed.device)
-    run(repack_launch(layer), packed.device, packed.contiguous(), tiles, layer.n, layer.k)
+    device.run(repack_launch(layer), packed.device, packed.contiguous(), tiles, layer.n, layer.k)
     return tiles
 
 
 def tiled_linear(
-    x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
-    """A linear layer on tiled weights.
+    """A linear layer on tiled weights, and what may follow it, in one launch for up to 64 tokens.
 
     Args:
         x: (..., in), float16 or bfloat16.
@@ -117,6 +149,9 @@ def tiled_linear(
         bits: of a weight, 4 or 8.
         group_size: 32, a multiple of 64, or in.
         out_features: rows of the weight that are not padding.
+        residual: (..., out), x's dtype: the result is residual + linear, both rounded as torch would.
+        swiglu: rows of the weight are gate and up by turns (`qat.kernels.tiles.interleave_rows`): the result is
+            silu(gate) * up, (..., out / 2), rounded as torch would.
 
     Returns:
         (..., out), x's dtype.
@@ -126,22 +161,88 @@ def tiled_linear(
         CompileError: the kernel cannot be compiled.
     """
     layer = check_tiled(x, tiles, scale, bias, bits, group_size, out_features)
+    _check_epilogue((*x.shape[:-1], out_features), x.dtype, residual, swiglu)
     rows = padded_rows(x.reshape(-1, layer.k))
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if len(rows) > MEDIUM_TOKENS:
-        return F.linear(rows, dense(tiles, scale, layer), bias).reshape(*x.shape[:-1], layer.n)
-    out = x.new_empty(len(rows), layer.n)
-    if out.numel():
-        _multiply(rows, tiles, scale, bias, out, layer)
-    return out.reshape(*x.shape[:-1], layer.n)
+    if len(rows) <= MEDIUM_TOKENS:
+        out = _multiply(rows, None, tiles, scale, bias, residual, swiglu, layer)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+    linear = F.linear(rows, dense(tiles, scale, layer), None if bias is None else bias.to(x.dtype))
+    linear = linear.reshape(*x.shape[:-1], layer.n)
+    if swiglu:
+        return F.silu(linear[..., ::2]) * linear[..., 1::2]
+    return linear if residual is None else residual + linear
+
+
+def tiled_linear_int8(
+    codes: Tensor,
+    token_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """A linear layer on tiled weights and integer activations: W8A8 with channel scales, W4A8 with any.
+
+    Args:
+        codes: (..., in rounded up to 16), int8, zero from `in` on, from `quantize_tokens` or `rmsnorm_quantize`.
+        token_scale: (...), float32, the same.
+        tiles, scale, bias, bits, group_size, out_features: as `tiled_linear`'s; in is groups * group_size.
+        dtype: of the result, float16 or bfloat16.
+        residual, swiglu: as `tiled_linear`'s.
+
+    Returns:
+        (..., out), or (..., out / 2) with SwiGLU, `dtype`.
+
+    Raises:
+        ValueError: a layer that no kernel computes, or operands that do not fit together.
+        CompileError: the kernel cannot be compiled.
+    """
+    layer = check_tiled_int8(codes, token_scale, tiles, scale, bias, bits, group_size, out_features, dtype)
+    _check_epilogue((*codes.shape[:-1], out_features), dtype, residual, swiglu)
+    rows = padded_codes(codes.reshape(-1, layer.stride))
+    out = _multiply(rows, token_scale.reshape(-1).contiguous(), tiles, scale, bias, residual, swiglu, layer)
+    return out.reshape(*codes.shape[:-1], out.shape[-1])
 
 
 @torch.library.register_fake("qat::tiled_linear")
 def _fake(
-    x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
     check_tiled(x, tiles, scale, bias, bits, group_size, out_features)
-    return x.new_empty(*x.shape[:-1], out_features)
+    _check_epilogue((*x.shape[:-1], out_features), x.dtype, residual, swiglu)
+    return x.new_empty(*x.shape[:-1], out_features // (1 + swiglu))
+
+
+@torch.library.register_fake("qat::tiled_linear_int8")
+def _fake_int8(
+    codes: Tensor,
+    token_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    check_tiled_int8(codes, token_scale, tiles, scale, bias, bits, group_size, out_features, dtype)
+    _check_epilogue((*codes.shape[:-1], out_features), dtype, residual, swiglu)
+    return codes.new_empty(*codes.shape[:-1], out_features // (1 + swiglu), dtype=dtype)
 
 
 def check_tiled(
@@ -157,19 +258,61 @@ def check_tiled(
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"qat::tiled_linear: group_size {group_size} does not divide {x.shape[-1]} inputs")
     layer = Layer(out_features, x.shape[-1], bits, group_size, x.dtype, scale.dtype)
-    expected = {
-        "tiles": (tiles, (layer.tile_words,), (torch.int32,)),
-        "scale": (scale, (layer.row_tiles, layer.groups, 16), (x.dtype, torch.float32)),
-    }
-    if bias is not None:
-        expected["bias"] = (bias, (out_features,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            raise ValueError(
-                f"qat::tiled_linear: {name} must be contiguous {' or '.join(map(str, dtypes))} of shape {shape}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+    _check_weight(layer, tiles, scale, bias)
     return layer
+
+
+def check_tiled_int8(
+    codes: Tensor,
+    token_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Layer:
+    """The layer that the operands of `tiled_linear_int8` describe.
+
+    Raises:
+        ValueError: no kernel computes it, or a shape or dtype is wrong; names the argument.
+    """
+    in_features = scale.shape[1] * group_size if scale.ndim == 3 else 0
+    if reason := why_not(bits, group_size, in_features, dtype, False, 8):
+        raise ValueError(f"qat::tiled_linear_int8: no kernel for {reason}")
+    layer = Layer(out_features, in_features, bits, group_size, dtype, scale.dtype, True)
+    _check_weight(layer, tiles, scale, bias)
+    _expect("codes", codes, (*codes.shape[:-1], layer.stride), (torch.int8,))
+    _expect("token_scale", token_scale, tuple(codes.shape[:-1]), (torch.float32,))
+    return layer
+
+
+def _check_weight(layer: Layer, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    _expect("tiles", tiles, (layer.tile_words,), (torch.int32,))
+    _expect("scale", scale, (layer.row_tiles, layer.groups, 16), (layer.dtype, torch.float32))
+    if bias is not None:
+        _expect("bias", bias, (layer.n,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def _check_epilogue(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None, swiglu: bool) -> None:
+    if swiglu and (residual is not None or shape[-1] % 2):
+        raise ValueError(
+            f"qat::tiled_linear: swiglu takes an even number of rows and no residual, got {shape[-1]} rows"
+        )
+    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != dtype):
+        raise ValueError(
+            f"qat::tiled_linear: residual must be {dtype} of shape {shape}, "
+            f"got {residual.dtype} {tuple(residual.shape)}"
+        )
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        raise ValueError(
+            f"qat::tiled_linear: {name} must be contiguous {' or '.join(map(str, dtypes))} of shape {shape}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
 
 
 def dense(tiles: Tensor, scale: Tensor, layer: Layer) -> Tensor:
@@ -183,96 +326,44 @@ def dense(tiles: Tensor, scale: Tensor, layer: Layer) -> Tensor:
         (out, in rounded up to 8), the layer's dtype; the padding is zero.
     """
     weight = torch.empty(layer.n, layer.stride, dtype=layer.dtype, device=tiles.device)
-    run(dequantize_launch(layer), tiles.device, tiles, scale, weight, layer.n, layer.k, layer.groups)
+    device.run(dequantize_launch(layer), tiles.device, tiles, scale, weight, layer.n, layer.k, layer.groups)
     return weight
 
 
-def _multiply(rows: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, layer: Layer) -> None:
-    m, device = len(rows), rows.device
-    chosen = plan(layer, m, _multiprocessors(device))
-    shape = (m, layer.n, layer.k, layer.groups)
+def _multiply(
+    rows: Tensor,
+    token_scale: Tensor | None,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    layer: Layer,
+) -> Tensor:
+    """(tokens, out), or (tokens, out / 2) with SwiGLU, from padded rows."""
+    m = len(rows)
+    out = rows.new_empty(m, layer.n // (1 + swiglu), dtype=layer.dtype)
+    if not out.numel():
+        return out
+    bias = None if bias is None else bias.to(layer.dtype).contiguous()
+    residual = None if residual is None else residual.contiguous()
+    chosen = plan(layer, m, device.multiprocessors(rows.device))
+    before, shape = (
+        (tiles, scale, rows, token_scale, bias, residual, out),
+        (m, layer.n, layer.k, layer.groups, int(swiglu)),
+    )
     if chosen.linear.name.startswith("qat::linear_small"):
-        run(chosen.linear, device, tiles, scale, rows, bias, out, *shape)
-        return
-    parts = None if chosen.splits == 1 else rows.new_empty(chosen.splits, m, layer.n, dtype=torch.float32)
-    run(chosen.linear, device, tiles, scale, rows, bias, out, parts, *shape)
+        device.run(chosen.linear, rows.device, *before, *shape)
+        return out
+    sums = torch.int32 if layer.passes == 0 else torch.float32
+    parts = None if chosen.splits == 1 else rows.new_empty(chosen.splits, m, layer.n, dtype=sums)
+    device.run(chosen.linear, rows.device, *before, parts, *shape)
     if chosen.sum_splits is not None:
-        run(chosen.sum_splits, device, parts, bias, out, m, layer.n, chosen.splits)
-
-
-def run(launch: Launch, device: torch.device, *arguments: Tensor | int | None) -> None:
-    """Launch a kernel on torch's current stream.
-
-    Args:
-        launch: which and how.
-        device: a CUDA device.
-        arguments: tensors are passed as their address, None as a null pointer, numbers as C ints.
-
-    Raises:
-        CompileError: it cannot be compiled.
-    """
-    cubins.nvrtc_version()  # says so where the packages are missing
-    from cuda.core import LaunchConfig
-    from cuda.core import launch as start
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    # The kernels are written for programmatic dependent launch; it stays off until it has been seen to work on a GPU,
-    # and must stay off where a kernel follows the `repack` that wrote its weights.
-    config = LaunchConfig(grid=launch.grid, block=launch.threads, shmem_size=launch.shared_bytes)
-    with torch.cuda.device(index):
-        kernel = _kernel(launch.name, launch.shared_bytes, index)
-        start(torch.cuda.current_stream(index), config, kernel, *map(as_argument, arguments))
-
-
-def as_argument(value: Tensor | int | None) -> Any:
-    """How cuda.core takes it: a Python int is a pointer, a ctypes.c_int a C int."""
-    if value is None:
-        return 0
-    return value.data_ptr() if isinstance(value, Tensor) else ctypes.c_int(value)
-
-
-@cache
-def _kernel(name: str, shared_bytes: int, index: int) -> Any:
-    """A kernel, loaded, and allowed more shared memory than the 48 KiB that need no permission."""
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
-
-    Device(index).set_current()
-    cubin = cubins.load(name, cubins.architecture(torch.cuda.get_device_capability(index)))
-    kernel = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.symbol)
-    if shared_bytes > 48 * 1024:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(index))
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{name} needs {shared_bytes} bytes of shared memory: {status.name}")
-    return kernel
-
-
-def unavailable(device: torch.device) -> str | None:
-    """Why no kernel runs on `device`, or None."""
-    return _unavailable(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@cache
-def _unavailable(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < cubins.OLDEST:
-        return f"{torch.cuda.get_device_name(index)} is sm_{capability[0]}{capability[1]}, the kernels need sm_80"
-    try:
-        cubins.nvrtc_version()
-    except cubins.CompileError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _multiprocessor_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return _multiprocessor_count(torch.cuda.current_device() if device.index is None else device.index)
+        epilogue = (scale if layer.passes == 0 else None, token_scale, bias, residual, out)
+        device.run(chosen.sum_splits, rows.device, parts, *epilogue, m, layer.n, chosen.splits, int(swiglu))
+    return out
 
 
 torch.library.impl("qat::packed_linear", "CUDA", packed_linear_cuda)
 torch.library.impl("qat::tiled_linear", "CUDA", tiled_linear)
+torch.library.impl("qat::tiled_linear_int8", "CUDA", tiled_linear_int8)

@@ -3,7 +3,8 @@
     tokens      kernel
     1 to 8      linear_small    warps share k inside of a block
     9 to 64     linear_medium   blocks share k where there are too few rows to fill the device
-    more        dequantize      into a dense workspace, then torch's matrix multiplication
+    more        linear_medium   INT8 activations: 64 tokens a block
+                dequantize      others: into a dense workspace, then torch's matrix multiplication
 
 The constants are those of `csrc/cuda/*.cuh`; a test compares them.  The choices are estimates: no kernel has
 been timed on a GPU yet.
@@ -17,11 +18,15 @@ TILE_N, TILE_K = 16, 64
 SMALL_TOKENS, SMALL_THREADS = 8, 256
 MEDIUM_TOKENS, MEDIUM_THREADS, MEDIUM_ROW_TILES, MEDIUM_STAGES = 64, 128, 8, 4
 DEQUANTIZE_WARPS, REPACK_THREADS, SUM_THREADS = 8, 256, 256
+QUANTIZE_THREADS = 256
 # A split of linear_medium shorter than this spends its time filling the pipeline.
 MIN_TILES_OF_SPLIT = 2 * MEDIUM_STAGES
 
-# A row of x, and of a dequantized weight, is padded to whole 16-byte loads.
-ROW_MULTIPLE = 8
+# A row of x, and of a dequantized weight, is padded to whole 16-byte loads: 8 values of a 16-bit type, 16 of INT8.
+ROW_MULTIPLE, INT8_ROW_MULTIPLE = 8, 16
+# quantize.cuh keeps a row in shared memory, of which every device since sm_80 has 96 KiB for a block.  (Sums of INT8
+# products fit an int32 far beyond: k * 2^14 < 2^31.)
+MAX_INT8_INPUTS = 96 * 1024 // 2
 
 TYPE_NAMES = {torch.float16: "qat::f16", torch.bfloat16: "qat::bf16", torch.float32: "float"}
 
@@ -36,6 +41,7 @@ class Layer:
         group_size: 32, a multiple of 64, or k.
         dtype: of activations, float16 or bfloat16.
         scale_dtype: of scales at run time, `dtype` or float32.
+        int8_input: activations are multiplied as integers; `dtype` is then the result's.
     """
 
     n: int
@@ -44,6 +50,7 @@ class Layer:
     group_size: int
     dtype: torch.dtype
     scale_dtype: torch.dtype
+    int8_input: bool = False
 
     @property
     def row_tiles(self) -> int:
@@ -62,13 +69,16 @@ class Layer:
 
     @property
     def passes(self) -> int:
-        """Groups in a tile: 2 when they are 32 wide, else 1."""
+        """Groups in a tile: 2 when they are 32 wide, else 1; 0 where integer sums run over all of k."""
+        if self.int8_input and self.groups == 1:
+            return 0
         return 2 if self.group_size == 32 and self.k > 32 else 1
 
     @property
     def stride(self) -> int:
         """Values in a padded row of x."""
-        return ceil_div(self.k, ROW_MULTIPLE) * ROW_MULTIPLE
+        multiple = INT8_ROW_MULTIPLE if self.int8_input else ROW_MULTIPLE
+        return ceil_div(self.k, multiple) * multiple
 
     @property
     def tile_words(self) -> int:
@@ -106,14 +116,16 @@ def why_not(
     """Why no kernel computes such a layer, or None where one does."""
     if has_zero_point:
         return "asymmetric weights"
-    if input_bits:
-        return f"{input_bits}-bit activations"
     if bits not in (4, 8):
         return f"{bits}-bit weights"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
     if group_size not in (32, in_features) and group_size % TILE_K:
         return f"groups of {group_size}"
+    if input_bits and bits == 8 and group_size != in_features:
+        return f"groups of {group_size} in 8-bit weights with {input_bits}-bit activations"
+    if input_bits and in_features > MAX_INT8_INPUTS:
+        return f"{input_bits}-bit activations of {in_features} inputs"
     return None
 
 
@@ -123,14 +135,14 @@ def runtime_scale_dtype(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 
 def plan(layer: Layer, m: int, multiprocessors: int) -> Plan:
-    """How to multiply `m` tokens, 1 to 64.
+    """How to multiply `m` tokens, 1 to 64, or any number where activations are INT8.
 
     Args:
         layer: what they are multiplied with.
         m: tokens.
         multiprocessors: of the device.
     """
-    assert 1 <= m <= MEDIUM_TOKENS
+    assert 1 <= m <= MEDIUM_TOKENS or layer.int8_input
     return _small(layer, m, multiprocessors) if m <= SMALL_TOKENS else _medium(layer, m, multiprocessors)
 
 
@@ -151,21 +163,20 @@ def _medium(layer: Layer, m: int, multiprocessors: int) -> Plan:
     )
     if splits == 1:
         return Plan(linear)
-    name = f"qat::sum_splits<{TYPE_NAMES[layer.dtype]}>"
-    return Plan(linear, splits, Launch(name, (ceil_div(m * layer.n, SUM_THREADS), 1, 1), SUM_THREADS))
+    return Plan(linear, splits, Launch(_sum_splits(layer), (ceil_div(m * layer.n, SUM_THREADS), 1, 1), SUM_THREADS))
 
 
 def token_tiles(layer: Layer, m: int) -> int:
     """NT of linear_medium: tiles of 8 tokens that a block multiplies; not 8 with groups of 32 (registers)."""
-    largest = 4 if layer.passes == 2 else 8
+    largest = 4 if layer.passes == 2 else 8  # INT8 activations would fit, with few registers left
     return next((tiles for tiles in (2, 4) if m <= 8 * tiles), largest)
 
 
 def shared_bytes(layer: Layer, tiles: int) -> int:
     """MEDIUM_SHARED_BYTES of linear_medium.cuh."""
     weights = MEDIUM_ROW_TILES * TILE_N * TILE_K * layer.bits // 8
-    x = 8 * tiles * (TILE_K + 8) * layer.dtype.itemsize
-    scale = MEDIUM_ROW_TILES * layer.passes * TILE_N * layer.scale_dtype.itemsize
+    x = 8 * tiles * (TILE_K if layer.int8_input else (TILE_K + 8) * layer.dtype.itemsize)
+    scale = MEDIUM_ROW_TILES * max(layer.passes, 1) * TILE_N * layer.scale_dtype.itemsize
     result = 8 * tiles * (MEDIUM_ROW_TILES * TILE_N + 1) * 4
     return max(MEDIUM_STAGES * (weights + x + scale), result)
 
@@ -183,22 +194,41 @@ def dequantize_launch(layer: Layer) -> Launch:
     return Launch(name, (ceil_div(tiles, DEQUANTIZE_WARPS), 1, 1), 32 * DEQUANTIZE_WARPS)
 
 
+def quantize_launch(kernel: str, dtype: torch.dtype, tokens: int, in_features: int) -> Launch:
+    """The kernel `quantize_tokens` or `rmsnorm_quantize`: a block a token, whose row it keeps in shared memory."""
+    row = ceil_div(in_features, INT8_ROW_MULTIPLE) * INT8_ROW_MULTIPLE * dtype.itemsize
+    return Launch(f"qat::{kernel}<{TYPE_NAMES[dtype]}>", (tokens, 1, 1), QUANTIZE_THREADS, row)
+
+
 def _name(kernel: str, layer: Layer, variant: int) -> str:
-    types = f"{TYPE_NAMES[layer.dtype]}, {TYPE_NAMES[layer.scale_dtype]}"
+    result = TYPE_NAMES[layer.dtype]
+    types = f"{'qat::s8' if layer.int8_input else result}, {result}, {TYPE_NAMES[layer.scale_dtype]}"
     return f"qat::{kernel}<{types}, {layer.bits}, {layer.passes}, {variant}>"
+
+
+def _sum_splits(layer: Layer) -> str:
+    """Float sums need no scale any more; those of integers are in units of 1 / 16 where weights are INT4."""
+    unit = 16 if layer.int8_input and layer.bits == 4 else 1
+    scale, total = (TYPE_NAMES[layer.scale_dtype], "int") if layer.passes == 0 else (TYPE_NAMES[layer.dtype], "float")
+    return f"qat::sum_splits<{TYPE_NAMES[layer.dtype]}, {scale}, {total}, {unit}>"
 
 
 def every_kernel() -> list[str]:
     """The name expressions of all kernels that a plan can name."""
-    names = [f"qat::repack<{bits}>" for bits in (4, 8)]
+    names = {f"qat::repack<{bits}>" for bits in (4, 8)}
     for dtype in (torch.float16, torch.bfloat16):
-        names.append(f"qat::sum_splits<{TYPE_NAMES[dtype]}>")
+        names |= {quantize_launch(kernel, dtype, 1, 16).name for kernel in ("quantize_tokens", "rmsnorm_quantize")}
         for scale_dtype in (dtype, torch.float32):
-            for bits in (4, 8):
-                for group_size in (32, 64):
-                    layer = Layer(16, 64, bits, group_size, dtype, scale_dtype)
-                    variants = sorted({token_tiles(layer, m) for m in range(9, MEDIUM_TOKENS + 1)})
-                    names += [_name("linear_small", layer, rows) for rows in (1, 2)]
-                    names += [_name("linear_medium", layer, tiles) for tiles in variants]
-                    names.append(dequantize_launch(layer).name)
-    return names
+            for bits, group_size, int8_input in (
+                *((bits, group_size, False) for bits in (4, 8) for group_size in (32, 64)),
+                *((4, group_size, True) for group_size in (32, 64, 128)),
+                (8, 128, True),
+            ):
+                layer = Layer(16, 128, bits, group_size, dtype, scale_dtype, int8_input)
+                variants = {token_tiles(layer, m) for m in range(9, MEDIUM_TOKENS + 1)}
+                names |= {_name("linear_small", layer, rows) for rows in (1, 2)}
+                names |= {_name("linear_medium", layer, tiles) for tiles in variants}
+                names.add(_sum_splits(layer))
+                if not int8_input:
+                    names.add(dequantize_launch(layer).name)
+    return sorted(names)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.kernels.plan import ROW_MULTIPLE, TILE_N, runtime_scale_dtype
+from qat.kernels.plan import INT8_ROW_MULTIPLE, ROW_MULTIPLE, TILE_N, runtime_scale_dtype
 
 
 def tile_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,7 +30,35 @@ def padded_rows(x: Tensor) -> Tensor:
     Returns:
         (tokens, in rounded up to 8), x itself where nothing is to be done.
     """
-    if missing := -x.shape[-1] % ROW_MULTIPLE:
+    return _padded(x, ROW_MULTIPLE)
+
+
+def padded_codes(codes: Tensor) -> Tensor:
+    """The same for INT8: rows are a multiple of 16 values.
+
+    Args:
+        codes: (tokens, in), int8.
+
+    Returns:
+        (tokens, in rounded up to 16), codes itself where nothing is to be done.
+    """
+    return _padded(codes, INT8_ROW_MULTIPLE)
+
+
+def interleave_rows(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of two equal weights, scales or biases by turns, as the SwiGLU epilogue wants its layer: 2j gate, 2j + 1 up.
+
+    Args:
+        gate, up: (out, ...), the same dtype and shape.
+
+    Returns:
+        (2 * out, ...).
+    """
+    return torch.stack([gate, up], 1).flatten(0, 1)
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    if missing := -x.shape[-1] % multiple:
         return F.pad(x, (0, missing))
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

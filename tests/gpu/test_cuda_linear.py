@@ -7,7 +7,7 @@ compute-sanitizer --tool memcheck python -m pytest tests/gpu -k small
 import pytest
 import torch
 
-from qat.kernels import cuda, packed_linear
+from qat.kernels import cuda, device, packed_linear
 from qat.kernels.plan import Layer
 from qat.kernels.tiles import tile_scale
 from qat.packing import pack
@@ -54,7 +54,7 @@ def test_kernels_equal_the_reference_bit_for_bit(shape, m, group_size, bits, dty
     if group_size and k % group_size:
         pytest.skip("groups do not divide k")
     given = operands(n, k, m, bits, group_size or k, dtype)
-    assert cuda.unavailable(given["x"].device) is None
+    assert device.unavailable(given["x"].device) is None
     assert torch.equal(packed_linear(**given, backend="cuda"), exact(given))
 
 

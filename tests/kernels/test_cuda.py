@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 
 from qat.kernels import cubins, cuda, reference
+from qat.kernels import device as gpu
 from qat.kernels.cubins import SOURCES, CompileError
 from qat.kernels.tiles import padded_rows, tile_scale
 from qat.packing import pack
 
-CHOICES = {"int32": ("u32", "uint4"), "bfloat16": ("T", "S"), "float16": ("T", "S"), "float32": ("float", "S")}
+CHOICES = {
+    "int8": ("In", "s8"),
+    "int32": ("u32", "uint4", "Sum"),
+    "bfloat16": ("In", "T", "S"),
+    "float16": ("In", "T", "S"),
+    "float32": ("float", "S", "Sum"),
+}
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     yield
-    for function in (cuda.say_slower, cuda._unavailable, cuda._multiprocessor_count):
+    for function in (cuda.say_slower, gpu._unavailable, gpu._multiprocessor_count):
         function.cache_clear()
     cuda._refused.clear()
 
@@ -29,9 +36,9 @@ def fresh():
 def device(monkeypatch):
     """An H100 that records launches instead of running them."""
     launches = []
-    monkeypatch.setattr(cuda, "run", lambda launch, device, *arguments: launches.append((launch, arguments)))
-    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gpu, "run", lambda launch, device, *arguments: launches.append((launch, arguments)))
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
     return launches
 
 
@@ -70,12 +77,18 @@ def operands(m: int, n: int, k: int, group_size: int, bits: int = 4, dtype: torc
         (65, ["repack", "dequantize"]),
     ],
 )
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_launch_fits_its_kernels_signature(device, m, kernels, bits):
-    out = packed_linear(**operands(m, 40, 1024, 64, bits))
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w4a8", "w4a8-channel", "w8a8-channel"])
+def test_every_launch_fits_its_kernels_signature(device, m, kernels, scheme):
+    group_size, input_bits = 1024 if "channel" in scheme else 64, 8 if "a8" in scheme else 0
+    out = packed_linear(**operands(m, 40, 1024, group_size, int(scheme[1])) | {"input_bits": input_bits})
     assert out.shape == (m, 40) and out.dtype == torch.bfloat16
+    if input_bits:
+        kernels = ["linear_medium" if kernel == "dequantize" else kernel for kernel in kernels]
+        kernels = [kernels[0], *["quantize_tokens"] * (m > 0), *kernels[1:]]
+        kernels += ["sum_splits"] * (m == 65)
     assert [re.match(r"qat::(\w+)", launch.name)[1] for launch, _ in device] == kernels
-    sizes = {"M": m, "N": 40, "K": 1024, "groups": 16, "splits": 2}
+    sizes = {"M": m, "N": 40, "K": 1024, "groups": 1024 // group_size, "splits": 2, "swiglu": 0}
+    sizes |= {"qmax": 127, "half_range": 0}
     for (_, arguments), kernel in zip(device, kernels, strict=True):
         parameters = signature(kernel)
         assert len(arguments) == len(parameters)
@@ -92,7 +105,7 @@ def test_operands_stand_where_the_kernel_expects_them(device):
     out = packed_linear(**given)
     names = [name for _, name in signature("linear_small")]
     passed = dict(zip(names, device[-1][1], strict=True))
-    assert names[:5] == ["tiles", "scale", "x", "bias", "y"]
+    assert names[:7] == ["tiles", "scale", "x", "token_scale", "bias", "residual", "y"]
     assert torch.equal(passed["scale"], tile_scale(given["scale"], torch.bfloat16))
     assert passed["x"].data_ptr() == given["x"].data_ptr()
     assert passed["bias"].data_ptr() == given["bias"].data_ptr()
@@ -113,14 +126,14 @@ def test_many_tokens_multiply_the_dense_weight(device, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"input_bits": 8}, "8-bit activations"),
+        ({"input_bits": 8, "bits": 8}, "groups of 64 in 8-bit weights with 8-bit activations"),
         ({"zero_point": torch.zeros(16, 2, dtype=torch.int8)}, "asymmetric weights"),
         ({"x": torch.ones(3, 128)}, "activations in float32"),
     ],
     ids=["input_bits", "zero_point", "float32"],
 )
 def test_what_no_kernel_computes_is_the_references_and_said_once(device, caplog, change, reason):
-    given = operands(3, 16, 128, 64) | change
+    given = operands(3, 16, 128, 64, change.get("bits", 4)) | change
     with caplog.at_level(logging.WARNING):
         out = [packed_linear(**given) for _ in range(2)]
     assert torch.equal(out[0], reference.packed_linear(**given, input_scale=None, input_rule="qmax"))
@@ -138,7 +151,7 @@ def test_where_no_kernel_can_run_the_reference_does_and_says_why(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if failure == "old" else (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
     monkeypatch.setattr(cubins, "nvrtc_version", unable if failure == "missing" else lambda: "13.5")
-    monkeypatch.setattr(cuda, "run", unable)
+    monkeypatch.setattr(gpu, "run", unable)
     given = operands(3, 16, 128, 64)
     with caplog.at_level(logging.WARNING):
         out = packed_linear(**given)
@@ -162,7 +175,7 @@ def test_a_kernel_that_does_not_compile_is_tried_once(device, monkeypatch):
         tries.append(arguments)
         raise CompileError("its log")
 
-    monkeypatch.setattr(cuda, "run", refuse)
+    monkeypatch.setattr(gpu, "run", refuse)
     given = operands(3, 16, 128, 64)
     assert torch.equal(packed_linear(**given), packed_linear(**given))
     assert len(tries) == 1
@@ -232,7 +245,68 @@ def test_arguments_reach_the_kernel_as_pointers_and_c_ints():
     core = pytest.importorskip("cuda.core")
     handler = pytest.importorskip(f"{core.LaunchConfig.__module__.rpartition('.')[0]}._kernel_arg_handler")
     x = torch.zeros(4)
-    holder = handler.ParamHolder([cuda.as_argument(value) for value in (x, None, -3, 2**31 - 1)])
-    addresses = (ctypes.c_void_p * 4).from_address(holder.ptr)
+    holder = handler.ParamHolder([gpu.as_argument(value) for value in (x, None, -3, 2**31 - 1, 0.1)])
+    addresses = (ctypes.c_void_p * 5).from_address(holder.ptr)
     assert [ctypes.c_uint64.from_address(address).value for address in addresses[:2]] == [x.data_ptr(), 0]
-    assert [ctypes.c_int.from_address(address).value for address in addresses[2:]] == [-3, 2**31 - 1]
+    assert [ctypes.c_int.from_address(address).value for address in addresses[2:4]] == [-3, 2**31 - 1]
+    assert ctypes.c_float.from_address(addresses[4]).value == ctypes.c_float(0.1).value
+
+
+def test_a_norm_and_its_quantization_are_one_launch_that_fits_the_signature(device):
+    x, weight = torch.randn(2, 3, 250).half(), torch.ones(250).half()
+    codes, scale = cuda.rmsnorm_quantize(x, weight, 1e-5, rule="half_range")
+    assert codes.shape == (2, 3, 256) and codes.dtype == torch.int8
+    assert scale.shape == (2, 3) and scale.dtype == torch.float32
+    ((launch, arguments),) = device
+    assert launch.grid == (6, 1, 1) and launch.shared_bytes == 512
+    assert [name for _, name in signature("rmsnorm_quantize")][-4:] == ["K", "eps", "qmax", "half_range"]
+    assert arguments[-4:] == (250, 1e-5, 127, 1)
+    assert [a.shape for a in arguments[:2]] == [(6, 256), (1, 256)]
+    with pytest.raises(ValueError, match=r"weight must be torch\.float16"):
+        cuda.rmsnorm_quantize(x, weight.float(), 1e-5)
+    with pytest.raises(ValueError, match="a token has 1 to 49152 values"):
+        cuda.quantize_tokens(torch.ones(1, 50000).half())
+
+
+@pytest.mark.parametrize("m", [3, 9, 70])
+def test_swiglu_halves_the_result_and_a_residual_keeps_it(device, m, monkeypatch):
+    given = operands(m, 40, 1024, 64)
+    tiles, scale = cuda.repack(given["packed"], 4, 1024), tile_scale(given["scale"], torch.bfloat16)
+    weight = torch.randn(40, 1024).to(torch.bfloat16)
+    monkeypatch.setattr(cuda, "dense", lambda tiles, scale, layer: weight)
+    call = partial(cuda.tiled_linear, given["x"], tiles, scale, given["bias"], 4, 64, 40)
+    residual = torch.randn(m, 40).to(torch.bfloat16)
+    assert call(swiglu=True).shape == (m, 20)
+    if m <= 64:
+        assert dict(zip([n for _, n in signature("linear_small")], device[1][1], strict=False))["tiles"] is tiles
+        assert device[-1][1][-1] == 1
+        call(residual=residual)
+        assert device[-1][1][-1] == 0 and any(a is residual for a in device[-1][1])
+    else:
+        linear = torch.nn.functional.linear(given["x"], weight, given["bias"])
+        assert torch.equal(call(swiglu=True), torch.nn.functional.silu(linear[:, ::2]) * linear[:, 1::2])
+        assert torch.equal(call(residual=residual), residual + linear)
+    with pytest.raises(ValueError, match="swiglu takes an even number of rows and no residual"):
+        call(residual=residual, swiglu=True)
+    with pytest.raises(ValueError, match=r"residual must be torch\.bfloat16"):
+        call(residual=residual.float())
+
+
+def test_int8_operands_have_fakes_and_are_refused_by_name():
+    x = torch.ones(2, 3, 130, dtype=torch.float16, device="meta")
+    codes, token_scale = torch.ops.qat.quantize_tokens(x)
+    assert codes.shape == (2, 3, 144) and token_scale.shape == (2, 3)
+    assert torch.ops.qat.rmsnorm_quantize(x, x[0, 0], 1e-6)[0].shape == (2, 3, 144)
+    tiles = torch.zeros(768, dtype=torch.int32, device="meta")
+    scale = torch.ones(1, 1, 16, dtype=torch.float16, device="meta")
+    call = partial(torch.ops.qat.tiled_linear_int8, scale=scale, bias=None, bits=8, group_size=130, out_features=14)
+    given = {"codes": codes, "token_scale": token_scale, "tiles": tiles, "dtype": torch.float16}
+    out = call(**given, swiglu=True)
+    assert out.shape == (2, 3, 7) and out.dtype == torch.float16
+    for change, message in (
+        ({"codes": codes[..., :130]}, "codes must be contiguous torch.int8"),
+        ({"token_scale": token_scale[0]}, "token_scale must be contiguous torch.float32"),
+        ({"dtype": torch.float32}, "no kernel for activations in float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**given | change)

@@ -15,7 +15,7 @@ except CompileError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 # The file in which a kernel is, and which states its registers.
-FILES = {"sum_splits": "linear_medium"}
+FILES = {"sum_splits": "linear_medium", "quantize_tokens": "quantize", "rmsnorm_quantize": "quantize"}
 
 
 def stated_registers(kernel: str) -> int:

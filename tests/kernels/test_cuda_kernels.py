@@ -48,7 +48,7 @@ MEDIUM_SHAPES = [
 
 def every_case() -> list[Case]:
     """Each shape, type and width; R and NT take turns, and what else can be is drawn."""
-    draw = Random(0)
+    draw, draw_epilogue = Random(0), Random(1)
     cases = []
     for kernel, shapes, variants in (
         (SMALL, SMALL_SHAPES, (1, 2)),
@@ -61,8 +61,10 @@ def every_case() -> list[Case]:
                 if group_size == 32 and variant == 8:
                     variant = 4  # what plan.token_tiles does
                 bias, float_scale, touch_start = (draw.random() < 0.5 for _ in range(3))
+                epilogue = draw_epilogue.choice(["", "residual", "swiglu"] if n % 2 == 0 else ["", "residual"])
                 case = Case(kernel, variant, dtype, bits, group_size, m, n, k, *splits)
-                cases.append(replace(case, bias=bias, float_scale=float_scale, touch_start=touch_start))
+                case = replace(case, bias=bias, float_scale=float_scale, touch_start=touch_start)
+                cases.append(case if kernel == DEQUANTIZE else replace(case, epilogue=epilogue))
     return cases
 
 

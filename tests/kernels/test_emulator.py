@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 from emulator import DEQUANTIZE, KERNELS, MEDIUM, ORDERS, SMALL, Case, Emulator, why_no_emulator
+from test_cuda_int8 import CASES as INT8_CASES
 from test_cuda_kernels import CASES
 
 pytestmark = pytest.mark.skipif(why_no_emulator() is not None, reason=str(why_no_emulator()))
@@ -22,13 +23,15 @@ class Bug:
     dtype: str = "bf16"
     bits: int = 4
     passes: int = 1
+    int8: bool = False
     seen_as: str = ""  # part of what the emulator must say; "differ": a wrong result
 
     @property
     def cases(self) -> list[Case]:
         """Those of the real kernels' that run the instance it is planted in."""
         mine = (self.kernel, self.dtype, self.bits, self.passes, False)
-        return [c for c in CASES if (c.kernel, c.dtype, c.bits, c.layer.passes, c.float_scale) == mine]
+        cases = INT8_CASES if self.int8 else CASES
+        return [c for c in cases if (c.kernel, c.dtype, c.bits, c.layer.passes, c.float_scale) == mine]
 
 
 def layout(*args, **where) -> Bug:
@@ -45,6 +48,10 @@ def small(*args, **where) -> Bug:
 
 def medium(*args, **where) -> Bug:
     return Bug(args[0], "linear_medium.cuh", *args[1:], kernel=MEDIUM, **where)
+
+
+def int8(*args, bits=8, passes=0, dtype="f16", **where) -> Bug:
+    return Bug(*args, int8=True, bits=bits, passes=passes, dtype=dtype, **where)
 
 
 def dense(*args, **where) -> Bug:
@@ -77,14 +84,19 @@ BUGS = [
     small("m tail off by one, read", "if (m < M &&", "if (m <= M &&", seen_as="reads 'x'"),
     small("m tail off by one, write", "m >= M) continue", "m > M) continue", seen_as="writes 'y'"),
     small("n tail off by one, write", "if (n >= N ||", "if (n > N ||"),
-    small("k tail off by one, read", "k + 8 * i < stride", "k + 8 * i <= stride", seen_as="'x'"),
+    small("k tail off by one, read", "k + LOAD<In> * i < stride", "k + LOAD<In> * i <= stride", seen_as="'x'"),
     small("weights past k", "if (k_tile < k_tiles && first", "if (first", seen_as="reads 'tiles'"),
     small("weights past n", " && first_row_tile + r < row_tiles)", ")", seen_as="reads 'tiles'"),
     small("wrong tile ahead", "k_tile + DEPTH * SMALL", "k_tile + (DEPTH - 1) * SMALL", seen_as="differ"),
     small("x of the tile before", "now = next;", "now = d ? now : next;", seen_as="differ"),
     small("x before griddepcontrol.wait", "    griddepcontrol_wait();\n", "", seen_as="before griddepcontrol.wait"),
     small("shared index out of range", "part[SMALL_WARPS][R * TILE_N][", "part[SMALL_WARPS][R * TILE_N - 1]["),
-    small("write to an input", "T(), sum);", "T(), sum), const_cast<S*>(scale)[0] = S();", seen_as="writes 'scale'"),
+    small(
+        "write to an input",
+        "        Sum sum = 0;",
+        "        const_cast<S*>(scale)[0] = S(); Sum sum = 0;",
+        seen_as="writes 'scale'",
+    ),
     medium("missing cp.async wait", WAIT, "", seen_as="shared byte"),
     medium("cp.async wait too loose", "MEDIUM_STAGES - 2>()", "MEDIUM_STAGES - 1>()", seen_as="shared byte"),
     medium("missing barrier after the wait", LANDED, "", seen_as="shared byte"),
@@ -103,12 +115,125 @@ BUGS = [
     medium("splits on one another", "(i64(split) * M + m) * N + n", "i64(m) * N + n"),
     medium("a split not added", "int split = 1; split", "int split = 2; split", seen_as="differ"),
     medium("x before griddepcontrol.wait", "stages[i]);\n    griddepcontrol_wait();", "stages[i]);"),
-    medium("misaligned rows", "alignas(16) T x[8 * NT][TILE_K + 8]", "alignas(16) T x[8 * NT][TILE_K + 4]"),
+    medium("misaligned rows", "sizeof(In) == 1 ? 0 : 8", "sizeof(In) == 1 ? 0 : 4"),
     medium("too little shared memory", "? MEDIUM_STAGES * sizeof", "? (MEDIUM_STAGES - 1) * sizeof"),
     medium("wrong warp's tile", "stage.tile[MEDIUM_R * warp + r]", "stage.tile[MEDIUM_R * r + warp]", seen_as="differ"),
-    medium("token tail", "m < M && k < row", "m <= M && k < row", seen_as="reads 'x'"),
+    medium("token tail", "m < M && k < stride", "m <= M && k < stride", seen_as="reads 'x'"),
+    int8(
+        "int8 steps mixed",
+        "multiply.cuh",
+        "total, tile.a[p], x.word[2 * p], x.word[2 * p + 1]",
+        "total, tile.a[p], x.word[p], x.word[p + 2]",
+    ),
+    int8(
+        "int8 mma without a lane",
+        "multiply.cuh",
+        "++p) mma_m16n8k32(total",
+        "++p) if (threadIdx.x & 31) mma_m16n8k32(total",
+        seen_as="deadlock",
+    ),
+    int8(
+        "int8 k tail off by one",
+        "linear_small.cuh",
+        "k + LOAD<In> * i < stride",
+        "k + LOAD<In> * i <= stride",
+        seen_as="'x'",
+    ),
+    int8(
+        "int8 wrong lane",
+        "linear_small.cuh",
+        "k_tile * TILE_K + 16 * t, stride",
+        "k_tile * TILE_K + 16 * (g & 3), stride",
+    ),
+    int8("int8 missing __syncthreads", "linear_small.cuh", "    __syncthreads();\n", "", seen_as="shared byte"),
+    int8("int8 missing cp.async wait", "linear_medium.cuh", WAIT, "", kernel=MEDIUM, seen_as="shared byte"),
+    int8("int8 missing barrier after the wait", "linear_medium.cuh", LANDED, "", kernel=MEDIUM, seen_as="shared byte"),
+    int8(
+        "int8 token tail",
+        "linear_medium.cuh",
+        "m < M && k < stride",
+        "m <= M && k < stride",
+        kernel=MEDIUM,
+        seen_as="'x'",
+    ),
+    int8(
+        "int8 split twice",
+        "linear_medium.cuh",
+        "int split = 1; split",
+        "int split = 0; split",
+        kernel=MEDIUM,
+        seen_as="differ",
+    ),
+    int8("int8 scale index off", "epilogue.cuh", "to_float(scale[n])", "to_float(scale[n + 1])"),
+    int8(
+        "token scale index off",
+        "epilogue.cuh",
+        "1.f / UNIT)), ld_global(token_scale + m))",
+        "1.f / UNIT)), ld_global(token_scale + m + 1))",
+    ),
+    int8(
+        "gate and up swapped",
+        "epilogue.cuh",
+        "silu(gate)) * to_float(up)",
+        "silu(up)) * to_float(gate)",
+        seen_as="differ",
+    ),
+    int8("up with the scale of gate", "epilogue.cuh", "sum_of(1), m, n + 1)", "sum_of(1), m, n)", seen_as="differ"),
+    int8("residual of another token", "epilogue.cuh", "residual + at", "residual + n", seen_as="differ"),
+    int8(
+        "linear not rounded before the residual",
+        "epilogue.cuh",
+        "to_float(ld_global(residual + at)) + to_float(out)",
+        "to_float(ld_global(residual + at)) + value(sum_of(0), m, n) + (bias ? to_float(bias[n]) : 0)",
+        seen_as="differ",
+    ),
+    int8(
+        "int4 rows swapped for s8",
+        "multiply.cuh",
+        "i & 1 ? w.word[i >> 1] :",
+        "!(i & 1) ? w.word[i >> 1] :",
+        bits=4,
+        dtype="bf16",
+    ),
+    int8("int4 bytes in plain order", "multiply.cuh", "0x3120u", "0x3210u", bits=4, dtype="bf16", seen_as="differ"),
+    int8(
+        "int4 offset kept",
+        "multiply.cuh",
+        "0xf0f0f0f0u, 0x80808080u",
+        "0xf0f0f0f0u, 0",
+        bits=4,
+        dtype="bf16",
+        seen_as="differ",
+    ),
+    int8(
+        "unit forgotten",
+        "epilogue.cuh",
+        "mul_rn(to_float(scale[n]), 1.f / UNIT)",
+        "to_float(scale[n])",
+        bits=4,
+        dtype="bf16",
+    ),
+    int8("wrong magic sum", "multiply.cuh", "12582912.f", "12582911.f", bits=4, passes=1, seen_as="differ"),
+    int8(
+        "scales of rows g and g + 8 mixed",
+        "multiply.cuh",
+        "i < 2 ? scale_g : scale_g8",
+        "i & 1 ? scale_g : scale_g8",
+        bits=4,
+        passes=1,
+    ),
+    int8(
+        "int8 passes swapped",
+        "multiply.cuh",
+        ">> 1 == pass",
+        ">> 1 != pass",
+        bits=4,
+        passes=2,
+        dtype="bf16",
+        kernel=MEDIUM,
+    ),
     dense("rows g and g + 8 mixed", "half + 2 * (i & 1)", "2 * half + (i & 1)", seen_as="differ"),
-    dense("k tail off by one", "k + 8 * i < row_stride(K)", "k + 8 * i <= row_stride(K)"),
+    dense("k tail off by one", "k + 8 * i < row_stride<T>(K)", "k + 8 * i <= row_stride<T>(K)"),
 ]
 
 
@@ -121,7 +246,10 @@ def test_a_planted_bug_is_caught(bug, tmp_path_factory):
     text = (mutant / bug.file).read_text()
     assert text.count(bug.old) == 1, f"the text to replace occurs {text.count(bug.old)} times"
     (mutant / bug.file).write_text(text.replace(bug.old, bug.new))
-    define = [f"INSTANCES=X({bug.dtype}, {bug.dtype}, {bug.bits}, {bug.passes})", f"ONLY={bug.kernel}"]
+    define = [
+        f"INSTANCES=X({'s8' if bug.int8 else bug.dtype}, {bug.dtype}, {bug.dtype}, {bug.bits}, {bug.passes})",
+        f"ONLY={bug.kernel}",
+    ]
     emulator = Emulator(mutant, checked=True, kernels=mutant, define=define)
     seen = [wrong for case, _, outcome in emulator.run(bug.cases, ORDERS) if (wrong := outcome.wrong(case))]
     assert seen and any(bug.seen_as in wrong for wrong in seen), seen[:3]

@@ -151,6 +151,13 @@ inline Bits round_to_bfloat(double v) {
     return Bits((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
+inline int round_to_int(float v) {
+    if (v != v) return 0;
+    if (v >= 2147483648.f) return 2147483647;
+    if (v < -2147483648.f) return -2147483647 - 1;
+    return int(__builtin_nearbyintf(v));  // the host rounds ties to even too
+}
+
 template <class Value, class Round>
 unsigned fma_x2(unsigned a, unsigned b, unsigned c, Value value, Round round) {
     unsigned d = 0;
@@ -187,6 +194,41 @@ SIMT_QUIET void mma_m16n8k16(const char* op, Value value, float (&c)[4], const u
                 lanes[lane]->c[i] = float(sum);
             }
     });
+}
+
+SIMT_QUIET inline void mma_m16n8k32(const char* op, int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                    Site site) {
+    struct Args {
+        int* c;
+        const unsigned* a;
+        unsigned b[2];
+    } args{c, a, {b0, b1}};
+    collective(op, ~0u, site, args, [](Args** lanes) SIMT_QUIET {
+        int A[16][32], B[8][32];
+        for (int lane = 0; lane < 32; ++lane)
+            for (int byte = 0; byte < 4; ++byte) {
+                const int g = lane / 4, k = lane % 4 * 4 + byte;
+                auto code = [byte](unsigned word) { return int((signed char)(word >> (8 * byte))); };
+                for (int i = 0; i < 4; ++i) A[g + 8 * (i & 1)][k + 16 * (i >> 1)] = code(lanes[lane]->a[i]);
+                for (int i = 0; i < 2; ++i) B[g][k + 16 * i] = code(lanes[lane]->b[i]);
+            }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                int sum = 0;
+                for (int k = 0; k < 32; ++k) sum += A[lane / 4 + 8 * (i >> 1)][k] * B[lane % 4 * 2 + (i & 1)][k];
+                lanes[lane]->c[i] = int(unsigned(lanes[lane]->c[i]) + unsigned(sum));
+            }
+    });
+}
+
+SIMT_QUIET inline float shfl_xor(float v, int lane_mask, Site site) {
+    struct Args {
+        float given, got;
+    } args{v, v};
+    collective("shfl", ~0u, site, args, [lane_mask](Args** lanes) SIMT_QUIET {
+        for (int lane = 0; lane < 32; ++lane) lanes[lane]->got = lanes[lane ^ lane_mask]->given;
+    });
+    return args.got;
 }
 
 }  // namespace simt

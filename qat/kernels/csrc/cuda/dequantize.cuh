@@ -42,8 +42,8 @@ dequantize(const uint4* __restrict__ tiles, const S* __restrict__ scale, T* __re
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (n < N && k + 8 * i < row_stride(K))
-                *reinterpret_cast<uint4*>(weight + i64(n) * row_stride(K) + k + 8 * i) =
+            if (n < N && k + 8 * i < row_stride<T>(K))
+                *reinterpret_cast<uint4*>(weight + i64(n) * row_stride<T>(K) + k + 8 * i) =
                     uint4{pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]};
     }
 }

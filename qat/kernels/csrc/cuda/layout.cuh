@@ -20,8 +20,12 @@
 // INT8: a lane's tile is 8 words (two uint4), words 2s and 2s + 1 are step s of rows g and g + 8, byte e is the code q
 // in two's complement.  A tile is 1024 bytes: uint4 index = 32 * (s >> 1) + lane.
 //
-// Scales lie as [row tile][group][16 rows], padded with zeros: a lane reads two.  Activations are [m][K rounded up to 8],
-// padded with zeros.  All of them are aligned to 16 bytes.  Run on the emulator, never yet on a GPU.
+// INT8 activations (mma.m16n8k32) take the same tiles two steps at a time: step p = 0, 1 multiplies k = 16t + 8p + e,
+// e = 0 ... 7, of all four t.  Its registers a0 a1 are step 2p of rows g and g + 8, a2 a3 step 2p + 1; b0 b1 are words
+// 2p and 2p + 1 of a lane's 16 bytes of x.
+//
+// Scales lie as [row tile][group][16 rows], padded with zeros: a lane reads two.  Activations are [m][K rounded up to 16
+// bytes], padded with zeros.  All of them are aligned to 16 bytes.  Run on the emulator, never yet on a GPU.
 #pragma once
 #include "ptx.cuh"
 
@@ -100,8 +104,10 @@ PTX_FN Activations activations_of(const uint4& low, const uint4& high) {
     return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
-// Values in a row of x: K rounded up to whole 16-byte loads.  The caller pads with zeros.
-PTX_FN int row_stride(int K) { return ceil_div(K, 8) * 8; }
+// Values of a 16-byte load, and in a row of x: K rounded up to whole loads.  The caller pads with zeros.
+template <class In> constexpr int LOAD = 16 / sizeof(In);
+template <class In>
+PTX_FN int row_stride(int K) { return ceil_div(K, LOAD<In>) * LOAD<In>; }
 
 // ---- one tile of weights times 8 tokens ----
 

@@ -17,6 +17,7 @@
 
 namespace qat {
 
+using s8 = signed char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
@@ -39,7 +40,8 @@ PTX_FN u32 lop3(u32 a, u32 b, u32 c) {
 #endif
     return d;
 }
-constexpr u32 AND_OR = (0xF0 & 0xCC) | 0xAA;  // (a & b) | c
+constexpr u32 AND_OR = (0xF0 & 0xCC) | 0xAA;   // (a & b) | c
+constexpr u32 AND_XOR = (0xF0 & 0xCC) ^ 0xAA;  // (a & b) ^ c
 
 // Four of the eight bytes of b:a, byte i chosen by nibble i of `selector`.
 PTX_FN u32 prmt(u32 a, u32 b, u32 selector) {
@@ -122,6 +124,91 @@ PTX_FN u32 fma_x2(bf16, u32 a, u32 b, u32 c) {
     return d;
 }
 
+// float arithmetic that is rounded to nearest at each step, whatever the compiler may fuse or relax elsewhere.
+PTX_FN float mul_rn(float a, float b) {
+    float d;
+#ifdef QAT_EMULATE
+    d = a * b;
+#else
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+#endif
+    return d;
+}
+
+PTX_FN float div_rn(float a, float b) {
+    float d;
+#ifdef QAT_EMULATE
+    d = a / b;
+#else
+    asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+#endif
+    return d;
+}
+
+PTX_FN float sqrt_rn(float a) {
+    float d;
+#ifdef QAT_EMULATE
+    d = __builtin_sqrtf(a);
+#else
+    asm("sqrt.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+#endif
+    return d;
+}
+
+// a * b + c, rounded once.
+PTX_FN float fma_rn(float a, float b, float c) {
+    float d;
+#ifdef QAT_EMULATE
+    d = __builtin_fmaf(a, b, c);
+#else
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+#endif
+    return d;
+}
+
+// 2^a to about 2 units in the last place.
+PTX_FN float exp2_approx(float a) {
+    float d;
+#ifdef QAT_EMULATE
+    d = __builtin_exp2f(a);
+#else
+    asm("ex2.approx.f32 %0, %1;" : "=f"(d) : "f"(a));
+#endif
+    return d;
+}
+
+// The larger one; NaN if either is.
+PTX_FN float max_nan(float a, float b) {
+    float d;
+#ifdef QAT_EMULATE
+    d = a != a || a > b ? a : b;
+#else
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+#endif
+    return d;
+}
+
+// To the nearest integer, ties to even; what an int cannot hold saturates, NaN is 0.
+PTX_FN int round_to_int(float a) {
+    int d;
+#ifdef QAT_EMULATE
+    d = simt::round_to_int(a);
+#else
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(d) : "f"(a));
+#endif
+    return d;
+}
+
+PTX_FN float as_float(int bits) {
+    float d;
+#ifdef QAT_EMULATE
+    simt::copy_bytes(&d, &bits, 4);
+#else
+    asm("mov.b32 %0, %1;" : "=f"(d) : "r"(bits));
+#endif
+    return d;
+}
+
 // ---- memory ----
 
 // Streams 16 bytes that nothing writes while the kernel runs, without keeping them in L1.
@@ -151,13 +238,37 @@ PTX_FN uint4 ld_global_v4(const void* p) {
 }
 
 // A float, in the same order as ld_global_v4.
-PTX_FN float ld_global_f32(const float* p) {
+PTX_FN float ld_global(const float* p) {
     float v;
 #ifdef QAT_EMULATE
     simt::access(p, 4, simt::read, 4);
     simt::copy_bytes(&v, p, 4);
 #else
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+#endif
+    return v;
+}
+
+// The same for an int, and for a 16-bit value.
+PTX_FN int ld_global(const int* p) {
+    int v;
+#ifdef QAT_EMULATE
+    simt::access(p, 4, simt::read, 4);
+    simt::copy_bytes(&v, p, 4);
+#else
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p));
+#endif
+    return v;
+}
+
+template <class T>
+PTX_FN T ld_global(const T* p) {
+    T v;
+#ifdef QAT_EMULATE
+    simt::access(p, 2, simt::read, 2);
+    simt::copy_bytes(&v, p, 2);
+#else
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v.bits) : "l"(p));
 #endif
     return v;
 }
@@ -221,6 +332,19 @@ PTX_FN void griddepcontrol_wait() {
 #endif
 }
 
+// ---- warp ----
+
+// The value of the lane whose number differs in the bits of `lane_mask`; all 32 lanes take part.
+PTX_FN float shfl_xor(float v, int lane_mask PTX_SITE) {
+#ifdef QAT_EMULATE
+    return simt::shfl_xor(v, lane_mask, site);
+#else
+    float d;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(d) : "f"(v), "r"(lane_mask));
+    return d;
+#endif
+}
+
 // ---- matrix ----
 
 // Volatile, as the loads are: the compiler keeps the order that a kernel writes down, and with it the register count.
@@ -246,6 +370,21 @@ PTX_FN void mma_m16n8k16(bf16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1 
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// C[16][8] += A[16][32] B[32][8] on signed bytes, in int that wraps, by one warp.  Lane 4g + t holds
+//     a[i]  row g + 8 (i & 1), columns 4t ... 4t + 3 of half i >> 1, the lowest byte first
+//     b0 b1 rows 4t ... 4t + 3 of half 0, 1; column g
+//     c[i]  row g + 8 (i >> 1), column 2t + (i & 1)
+PTX_FN void mma_m16n8k32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1 PTX_SITE) {
+#ifdef QAT_EMULATE
+    simt::mma_m16n8k32("mma s8", c, a, b0, b1, site);
+#else
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
