@@ -1,5 +1,10 @@
-"""What sets scales before training."""
+"""What sets scales, and prepares weights, before training or instead of it.
 
+Every calibration is a `Calibration`: called with a model and a way to run data through it.
+"""
+
+from qat.calibration.gptq import GPTQ
+from qat.calibration.method import Calibration
 from qat.calibration.ranges import RangeCalibration
 
 CALIBRATIONS = {
@@ -7,6 +12,6 @@ CALIBRATIONS = {
     "mse": RangeCalibration("mse"),
     "weighted_mse": RangeCalibration("weighted_mse", importance=0.5),
 }
-"""Every calibration there is, by name; the strongest one on a model's validation split is its PTQ to beat."""
+"""Calibrations that set scales only, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
-__all__ = ["CALIBRATIONS", "RangeCalibration"]
+__all__ = ["CALIBRATIONS", "GPTQ", "Calibration", "RangeCalibration"]
