@@ -3,9 +3,12 @@
 Every calibration is a `Calibration`: called with a model and a way to run data through it.
 """
 
+from qat.calibration.awq import AWQ, ClipSearch
 from qat.calibration.gptq import GPTQ
 from qat.calibration.method import Calibration
 from qat.calibration.ranges import RangeCalibration
+from qat.calibration.rotation import Rotation
+from qat.calibration.smoothquant import SmoothQuant
 
 CALIBRATIONS = {
     "absmax": RangeCalibration("absmax", weight="absmax"),
@@ -14,4 +17,6 @@ CALIBRATIONS = {
 }
 """Calibrations that set scales only, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
-__all__ = ["CALIBRATIONS", "GPTQ", "Calibration", "RangeCalibration"]
+__all__ = [
+    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "RangeCalibration", "Rotation", "SmoothQuant",
+]  # fmt: skip
