@@ -16,6 +16,7 @@ from qat.calibration.ranges import RangeCalibration
 from qat.fake_quantizer import Stage
 from qat.functional import fake_quantize, store_scale
 from qat.insertion import layers
+from qat.scheme import QuantSpec
 
 
 @dataclass
@@ -63,15 +64,17 @@ class ClipSearch:
                 self.ranges.set_layer(layer, gram.diagonal())
                 quantizer = layer.weight_quantizer
                 assert quantizer.scale is not None
-                quantizer.set_scale(_clipped(layer.weight.detach().float(), gram, quantizer.scale, self.ratios, layer))
+                quantizer.set_scale(
+                    _clipped(layer.weight.detach().float(), gram, quantizer.scale, self.ratios, quantizer.spec)
+                )
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
             for each in layer.quantizers:
                 each.set_stage(Stage.FLOAT)
 
 
-def _clipped(weight: Tensor, gram: Tensor, scale: Tensor, ratios: tuple[float, ...], layer: nn.Module) -> Tensor:
-    spec, (rows, groups) = layer.weight_quantizer.spec, scale.shape  # type: ignore[union-attr]
+def _clipped(weight: Tensor, gram: Tensor, scale: Tensor, ratios: tuple[float, ...], spec: QuantSpec) -> Tensor:
+    rows, groups = scale.shape
     size = weight.shape[1] // groups
     blocks = torch.stack([gram[g : g + size, g : g + size] for g in range(0, weight.shape[1], size)])
     best, least = scale.detach().clone(), torch.full_like(scale, torch.inf)

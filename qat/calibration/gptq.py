@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class GPTQ:
     sequential: Literal["layer", "block", "none"] = "layer"
     precision: Literal["float32", "float64"] = "float64"
     offload: bool = False
-    changes_weights = True
+    changes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, choices in (("sequential", ("layer", "block", "none")), ("precision", ("float32", "float64"))):
@@ -91,7 +91,7 @@ class GPTQ:
                 cannot hold the grid; names the layer and the remedy.
         """
         self.check(model)
-        options = {"sequential": self.sequential != "none", "folder": folder, "offload": self.offload}
+        options: dict[str, Any] = {"sequential": self.sequential != "none", "folder": folder, "offload": self.offload}
         stream(model, run, self._treat, self.name, key=described(self), **options)
 
     def _treat(self, module: nn.Module, run: Run) -> None:
@@ -168,13 +168,13 @@ def gptq_codes(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(inputs)
     order = order.to(weight.device)
     factor = inverse_factor(gram[order][:, order].to(dtype), damping, name).float()
-    work, group_of = weight.float()[:, order], group_of[order].tolist()
+    work, groups = weight.float()[:, order], group_of[order].tolist()
     codes = torch.empty_like(work)
     for start in range(0, inputs, columns):
         end = min(start + columns, inputs)
         errors = torch.empty_like(work[:, start:end])
         for j in range(start, end):
-            column, step = work[:, j : j + 1], scales[:, group_of[j]].unsqueeze(1)
+            column, step = work[:, j : j + 1], scales[:, groups[j]].unsqueeze(1)
             code = quantize(column, step, spec)
             error = (column - dequantize(code, step)) / factor[j, j]
             work[:, j + 1 : end] -= error * factor[j, j + 1 : end]

@@ -1,7 +1,7 @@
 """What a calibration is, and what all of them need."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Calibration(Protocol):
     """
 
     name: str
-    changes_weights: bool
+    changes_weights: ClassVar[bool]
     """Whether weights change too; whoever only measures puts them back."""
 
     def check(self, model: nn.Module) -> None:

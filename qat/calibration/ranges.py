@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class RangeCalibration:
             raise ValueError(f"calibration {name}: importance weights a squared error; use weight=mse with it")
         self.name, self.weight, self.importance, self.input = name, weight, importance, input
 
-    changes_weights = False
+    changes_weights: ClassVar[bool] = False
 
     def check(self, model: nn.Module) -> None:
         """Ranges suit every model."""
