@@ -152,9 +152,9 @@ class Run:
         # The data is endless; told where the run ends, the progress bar knows what is left.
         settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
         guards = [RandomState(self.cfg.seed), NaNGuard(), SafeExit(last, self._resume_command()), every]
-        return instantiate(
-            self.cfg.trainer, callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings
-        )
+        # Partial: given as overrides, the objects would pass through OmegaConf, which takes a DummyLogger for a type.
+        build = instantiate(self.cfg.trainer, _partial_=True)
+        return build(callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings)
 
     def _resume_command(self) -> str:
         words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]

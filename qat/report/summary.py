@@ -249,10 +249,8 @@ def verdict(summary: dict[str, Any]) -> str:
     calibrated = summary["calibrated_loss"] if summary["calibrated_loss"] is not None else ptq
     if calibrated is not None and summary["float_loss"] is not None:
         cost = number(1e3 * (calibrated - summary["float_loss"]), 1, sign=True)
-        than = (
-            ""
-            if calibrated == ptq or ptq is None
-            else f"; rounding to nearest cost {number(1e3 * (ptq - summary['float_loss']), 1, sign=True)}"
-        )
-        return f"Quantized without training: {cost} millinats per token against the float model{than}."
+        sentence = f"Quantized without training: {cost} millinats per token against the float model"
+        if ptq is None or calibrated == ptq:
+            return f"{sentence}."
+        return f"{sentence}; rounding to nearest costs {number(1e3 * (ptq - summary['float_loss']), 1, sign=True)}."
     return "A float run: nothing was quantized."
