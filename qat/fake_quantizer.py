@@ -28,6 +28,11 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
         _token_mask.reset(token)
 
 
+def real_tokens() -> Tensor | None:
+    """The mask (batch, tokens) that `token_mask` set for the current batch; None where all tokens are real."""
+    return _token_mask.get()
+
+
 def unmasked(x: Tensor) -> Tensor:
     """The real tokens of activations x (batch, tokens, features), as (tokens, features)."""
     mask, tokens = _token_mask.get(), x.reshape(-1, x.shape[-1])

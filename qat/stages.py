@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qat import __version__
-from qat.calibration import CALIBRATIONS
+from qat.calibration import CALIBRATIONS, Calibration
 from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
@@ -36,8 +36,9 @@ from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
 from qat.export import write_float
 from qat.export.compressed_tensors import refusal
+from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import plan, untie
+from qat.insertion import plan, set_stage, untie
 from qat.report.build import build_summary, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
@@ -73,13 +74,15 @@ class Run:
             self.schemes = instantiate(self.cfg.quant)
             task = self._task()
             self._check(task)
-        if self.schemes.quantizes and self.cfg.control != "none":
+        if self._post_training and not self.schemes.quantizes:
+            raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
+        if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()
             with self._stage("measure control"):
                 self._measure_control()
-        with self._stage("train"):
-            self._train(task)
+        with self._stage("calibrate" if self._post_training else "train"):
+            (self._calibrate if self._post_training else self._train)(task)
         if self.schemes.quantizes:
             with self._stage("measure packed"):
                 self._measure_packed(task)
@@ -91,6 +94,11 @@ class Run:
         start = time.monotonic()
         yield
         self.stages[name] = round(time.monotonic() - start, 1)
+
+    @property
+    def _post_training(self) -> bool:
+        """Whether the model is quantized as it is: no step, no optimizer, no control."""
+        return self.cfg.trainer.max_steps == 0
 
     # -- load ---------------------------------------------------------------------------------------
 
@@ -110,7 +118,10 @@ class Run:
         self.data.setup()
         model: Any = task.model
         if self.schemes.quantizes:
-            self._check_export(plan(self._quantization().quantized(task), self.schemes), model)
+            quantization = self._quantization()
+            quantized = quantization.quantized(task)
+            self._check_export(plan(quantized, self.schemes), model)
+            quantization.calibration.check(quantized)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.data.seq_len > limit:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
@@ -126,7 +137,7 @@ class Run:
     # -- trainers -----------------------------------------------------------------------------------
 
     def _quantization(self) -> QuantizationAwareTraining:
-        return instantiate(self.cfg.callbacks.quantization)
+        return instantiate(self.cfg.callbacks.quantization, calibration_folder=self.out / "calibration")
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -141,9 +152,9 @@ class Run:
         # The data is endless; told where the run ends, the progress bar knows what is left.
         settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
         guards = [RandomState(self.cfg.seed), NaNGuard(), SafeExit(last, self._resume_command()), every]
-        return instantiate(
-            self.cfg.trainer, callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings
-        )
+        # Partial: given as overrides, the objects would pass through OmegaConf, which takes a DummyLogger for a type.
+        build = instantiate(self.cfg.trainer, _partial_=True)
+        return build(callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings)
 
     def _resume_command(self) -> str:
         words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
@@ -192,10 +203,7 @@ class Run:
         self.history = TrainHistory()
         callbacks: list[L.Callback] = [self.history]
         if self.schemes.quantizes:
-            ptq = {"ptq": CALIBRATIONS["absmax"], "ptq_mse": CALIBRATIONS["mse"]}
-            self.recovery = Recovery(ptq, self.control)
-            self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-            callbacks += [self._quantization(), self.recovery, self.export]
+            callbacks += self._quantizing()
         logger = instantiate(self.cfg.logger)
         self.trainer = self._trainer(self.out / "checkpoints", callbacks, logger=logger)
         L.seed_everything(self.cfg.seed, verbose=False)
@@ -208,6 +216,38 @@ class Run:
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
             self.recovery.on_train_end(self.trainer, task)
             self.export.on_train_end(self.trainer, task)
+        assert self.export.exported is not None
+        self.exported_to = self.export.exported.directory
+
+    def _quantizing(self) -> list[L.Callback]:
+        """The callbacks that quantize, measure and export, in the order in which they must be."""
+        quantization = self._quantization()
+        ptq: dict[str, Calibration] = {"ptq": CALIBRATIONS["absmax"], "ptq_mse": CALIBRATIONS["mse"]}
+        if quantization.calibration.changes_weights and not self._post_training:
+            ptq["calibrated"] = quantization.calibration
+        self.recovery = Recovery(ptq, self.control)
+        self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
+        return [quantization, self.recovery, self.export]
+
+    def _calibrate(self, task: L.LightningModule) -> None:
+        """Instead of training: quantize the model as it is, measure, export."""
+        self.history, callbacks = TrainHistory(), self._quantizing()
+        quantization: Any = callbacks[0]
+        trainer = self.trainer = self._trainer(
+            self.out / "checkpoints", callbacks, logger=instantiate(self.cfg.logger), limit_train_batches=1
+        )
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        trainer.precision_plugin.convert_module(task)
+        task.to(trainer.strategy.root_device)
+        quantization.setup(trainer, task, "validate")
+        try:
+            self.recovery.on_fit_start(trainer, task)
+            quantization.calibrate(trainer, task)
+        except KeyboardInterrupt:
+            sys.exit(f"stopped; finished blocks are kept. It goes on with:\n  {self._resume_command()}")
+        set_stage(task, Stage.FROZEN)
+        self.recovery.measure_calibrated(trainer, task)
+        self.export.on_train_end(trainer, task)
         assert self.export.exported is not None
         self.exported_to = self.export.exported.directory
 
@@ -240,7 +280,7 @@ class Run:
         losses, figures, facts = {}, {}, self._facts()
         if self.schemes.quantizes:
             losses = {name: measured["test"] for name, measured in self.recovery.models.items()}
-            figures = self.recovery.figures("test", losses["qat"])
+            figures = self.recovery.figures("test", losses.get("qat"))
             facts |= self._artifact_facts()
         summary = build_summary(facts, losses, figures)
         write_summary(summary, self.out / "summary.json")
@@ -260,6 +300,7 @@ class Run:
             "data": self.data.name,
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
+            "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
             "steps": steps,
             "tokens": steps * batch,
             "export_dir": str(self.exported_to),

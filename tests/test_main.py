@@ -94,6 +94,52 @@ def test_without_quantization_the_job_is_plain_training_with_a_float_export(job,
     assert read_summary(tmp_path / "run")["recovery"] is None
 
 
+@pytest.mark.parametrize(
+    "recipe", ["llama_int4_gptq", "llama_int4_awq", "llama_w8a8_smoothquant", "llama_w4a8_rotated"]
+)
+def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe, job, monkeypatch, tmp_path, capsys):
+    _, words = job
+    words = [w for w in words if not w.startswith(("recipe=", "trainer.max_steps", "control_dir"))]
+    out = tmp_path / "run"
+    train(monkeypatch, f"recipe={recipe}", *words, f"control_dir={tmp_path}/controls", f"hydra.run.dir={out}")
+    summary = read_summary(out)
+    assert [row["name"] for row in summary["models"]] == ["float", "ptq", "ptq_mse", "calibrated", "packed"]
+    assert summary["steps"] == 0 and summary["qat_loss"] is None
+    assert summary["recovery_over_control_reason"] == "nothing was trained (trainer.max_steps=0)"
+    assert summary["packed_loss"] == pytest.approx(summary["calibrated_loss"], abs=1e-6)
+    assert f"PTQ ({summary['calibration']})" in capsys.readouterr().out
+    assert not (tmp_path / "controls").exists() and not (out / "checkpoints").exists()
+    assert "recovery/calibrated_loss" in (out / "metrics" / "version_0" / "metrics.csv").read_text()
+    AutoModelForCausalLM.from_pretrained(out / "export")
+
+
+def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatch, tmp_path):
+    _, words = job
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/plain")
+    train(monkeypatch, *words, "calibration=gptq", f"hydra.run.dir={tmp_path}/gptq")
+    plain, gptq = read_summary(tmp_path / "plain"), read_summary(tmp_path / "gptq")
+    for name in ("float_loss", "ptq_loss", "ptq_mse_loss"):  # measured around it, the weights put back
+        assert plain[name] == gptq[name]
+    assert gptq["calibrated_loss"] is not None and plain["calibrated_loss"] is None
+    assert gptq["qat_loss"] != plain["qat_loss"]
+    assert gptq["packed_loss"] == pytest.approx(gptq["qat_loss"], abs=1e-6)
+    assert len(list((tmp_path / "gptq" / "calibration").glob("*.safetensors"))) == 1  # one block, calibrated once
+
+
+def test_a_calibration_stopped_by_hand_says_how_it_goes_on(job, monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    _, words = job
+    words = [*words, "calibration=gptq", "trainer.max_steps=0", f"hydra.run.dir={tmp_path}/run"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("qat.calibration.gptq.GPTQ._treat", stop)
+        with pytest.raises(SystemExit, match=r"finished blocks are kept(.|\n)*resume=true"):
+            train(monkeypatch, *words)
+    train(monkeypatch, *words, "resume=true")
+    assert read_summary(tmp_path / "run")["packed_loss"] is not None
+
+
 def command(words, *more) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *words, *more]
 
@@ -138,6 +184,8 @@ BAD = {
         ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
         "group_size 100 does not divide 128",
     ),
+    "a rotation of tied embeddings": (["calibration=rotation"], "untie it: callbacks.quantization.untie=true"),
+    "no steps and no scheme": (["trainer.max_steps=0", "quant=none"], "quant=none quantizes nothing"),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 

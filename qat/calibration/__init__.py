@@ -1,12 +1,22 @@
-"""What sets scales before training."""
+"""What sets scales, and prepares weights, before training or instead of it.
 
+Every calibration is a `Calibration`: called with a model and a way to run data through it.
+"""
+
+from qat.calibration.awq import AWQ, ClipSearch
+from qat.calibration.gptq import GPTQ
+from qat.calibration.method import Calibration
 from qat.calibration.ranges import RangeCalibration
+from qat.calibration.rotation import Rotation
+from qat.calibration.smoothquant import SmoothQuant
 
 CALIBRATIONS = {
     "absmax": RangeCalibration("absmax", weight="absmax"),
     "mse": RangeCalibration("mse"),
     "weighted_mse": RangeCalibration("weighted_mse", importance=0.5, signed=True),
 }
-"""Every calibration there is, by name; the strongest one on a model's validation split is its PTQ to beat."""
+"""Calibrations that set scales only, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
-__all__ = ["CALIBRATIONS", "RangeCalibration"]
+__all__ = [
+    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "RangeCalibration", "Rotation", "SmoothQuant",
+]  # fmt: skip

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,39 +60,56 @@ class RangeCalibration:
         self.name, self.weight, self.importance = name, weight, importance
         self.signed, self.input = signed, input
 
+    changes_weights: ClassVar[bool] = False
+
+    def check(self, model: nn.Module) -> None:
+        """Ranges suit every model."""
+
     def needs_data(self, model: nn.Module) -> bool:
         """Whether calibrating `model` runs it on data."""
         static = any(q.scale is not None for q in _input_quantizers(model))
         return self.importance > 0 or static
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, run: Callable[[], None]) -> None:
+    def __call__(self, model: nn.Module, run: Callable[[], None], folder: Path | None = None) -> None:
         """Set the scales of all quantizers of `model`; their stage is FLOAT afterwards.
 
         Args:
             model: with fake quantizers inserted.
             run: runs the calibration data through `model`, with padding announced by `token_mask`.
+            folder: not used; ranges are quick.
 
         Raises:
             ValueError: NaN in a weight or activation, or no usable token, naming the layer.
         """
         for layer in layers(model).values():
-            for quantizer in layer.quantizers:
-                quantizer.set_stage(Stage.OBSERVE)
-        static = [q for q in _input_quantizers(model) if q.scale is not None]
-        for quantizer in static:
-            quantizer.observer = OBSERVERS[self.input](quantizer.spec)
+            self.observe(layer)
         moments: dict[str, Tensor] = {}
         if self.needs_data(model):
             with _input_moments(model, moments) if self.importance else _nothing():
                 run()
         for name, layer in layers(model).items():
             try:
-                self._set(layer, moments.get(name))
+                self.set_layer(layer, moments.get(name))
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
 
-    def _set(self, layer: FakeQuantLinear, moment: Tensor | None) -> None:
+    def observe(self, layer: FakeQuantLinear) -> None:
+        """Let `layer` compute in float while its static input, if it has one, is watched from now on."""
+        for quantizer in layer.quantizers:
+            quantizer.set_stage(Stage.OBSERVE)
+        if layer.input_quantizer is not None and layer.input_quantizer.scale is not None:
+            layer.input_quantizer.observer = OBSERVERS[self.input](layer.input_quantizer.spec)
+
+    def set_layer(self, layer: FakeQuantLinear, moment: Tensor | None) -> None:
+        """Set the scales of one layer after its inputs were observed; its stage is FLOAT afterwards.
+
+        Args:
+            moment: (in,), sums of squares of its inputs, float32; needed where `importance` is above 0.
+
+        Raises:
+            ValueError: NaN, or no usable token.
+        """
         if self.importance and moment is None:
             raise ValueError("no value was observed: the calibration data has no usable token, or never reaches it")
         if moment is not None and not torch.isfinite(moment).all():

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qat.calibration import RangeCalibration
+from qat.calibration import Calibration
 from qat.callbacks.measure import Measure
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.recovery import Control
@@ -76,7 +76,7 @@ def measure_control(
     pl_module: L.LightningModule,
     trainer: L.Trainer,
     quantization: QuantizationAwareTraining,
-    calibrations: list[RangeCalibration],
+    calibrations: list[Calibration],
 ) -> Control:
     """Losses of the control in float and after each calibration; the best one on the validation split stands.
 

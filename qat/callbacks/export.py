@@ -41,8 +41,8 @@ class Export(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         quantization = next(c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining))  # type: ignore[attr-defined]
         model = quantization.quantized(pl_module)
-        # The weights moved once more after the last batch, so one more training-mode forward, with the
-        # precision and the code path of training, is what the artifact has to equal.
+        # The weights moved once more after the last batch (if there was any), so one more training-mode forward, with
+        # the precision and the code path of training, is what the artifact has to equal.
         with record(model) as recorded:
             batch = self._batch if self._batch is not None else next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
             pl_module.train()

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 
-from qat.calibration import RangeCalibration
+from qat.calibration import Calibration
 from qat.callbacks.batches import muted, step_losses
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import DocumentLosses, evaluate
@@ -63,15 +64,28 @@ class Measure:
         """Losses with all quantizers off."""
         return self._at(Stage.FLOAT, lambda: self(label))
 
-    def post_training(self, label: str, calibration: RangeCalibration) -> Measured:
-        """Losses after quantizing the weights as they are with `calibration`, without training."""
+    def post_training(self, label: str, calibration: Calibration) -> Measured:
+        """Losses after quantizing the weights as they are with `calibration`, without training.
+
+        A calibration that changes weights costs a copy of them for as long as it is measured.
+        """
 
         def run() -> Measured:
             self.quantization.calibrate(self.trainer, self.module, calibration)
             set_stage(self.module, Stage.FROZEN)
             return self(label)
 
-        return self._at(Stage.FLOAT, run)
+        weights = {p: p.detach().clone() for p in self._weights()} if calibration.changes_weights else {}
+        try:
+            return self._at(Stage.FLOAT, run)
+        finally:
+            with torch.no_grad():
+                for parameter, before in weights.items():
+                    parameter.copy_(before)
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        scales = {id(q.scale) for q in quantizers(self.module)}
+        return [p for p in self.module.parameters() if id(p) not in scales]
 
     def _at(self, stage: Stage, run: Callable[[], Measured]) -> Measured:
         """`run()` with all quantizers at `stage`; their stages and scales are put back afterwards."""

@@ -8,13 +8,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
 
-from qat.calibration import RangeCalibration
+from qat.calibration import Calibration, RangeCalibration
 from qat.callbacks.batches import forward_batch, muted
 from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
@@ -36,7 +37,7 @@ class QuantizationAwareTraining(L.Callback):
 
     Args:
         schemes: which layers are quantized, and how.
-        calibration: sets the scales when quantization starts; MSE by default.
+        calibration: sets the scales when quantization starts, and prepares the weights; MSE by default.
         estimator: the gradient; LSQ by default.
         scale_lr: learning rate of the scales.
         start_step: optimizer steps in float before quantization starts.
@@ -47,12 +48,13 @@ class QuantizationAwareTraining(L.Callback):
         calibration_loader: batches for calibrations that need data; by default the datamodule's
             `calibration_dataloader()`.
         forward: (module, batch) -> anything; how one such batch runs.
+        calibration_folder: where a calibration keeps finished blocks, so that a killed one goes on; None: nowhere.
     """
 
     def __init__(
         self,
         schemes: SchemeMap,
-        calibration: RangeCalibration | None = None,
+        calibration: Calibration | None = None,
         estimator: Estimator | None = None,
         scale_lr: float = 1e-4,
         start_step: int = 0,
@@ -61,14 +63,16 @@ class QuantizationAwareTraining(L.Callback):
         untie: bool = False,
         calibration_loader: Iterable[Any] | None = None,
         forward: Callable[[Any, Any], Any] = forward_batch,
+        calibration_folder: Path | None = None,
     ):
         if not 0 <= freeze_share < 1:
             raise ValueError(f"freeze_share must be in [0, 1), got {freeze_share}")
         self.schemes, self.estimator = schemes, estimator if estimator is not None else LSQ()
-        self.calibration = calibration if calibration is not None else RangeCalibration("mse")
+        self.calibration: Calibration = calibration if calibration is not None else RangeCalibration("mse")
         self.scale_lr, self.start_step, self.freeze_share = scale_lr, start_step, freeze_share
         self.submodule, self.untie = submodule, untie
         self.calibration_loader, self.forward = calibration_loader, forward
+        self.calibration_folder = calibration_folder
 
     def quantized(self, module: nn.Module) -> nn.Module:
         """The part of `module` that is quantized."""
@@ -102,6 +106,7 @@ class QuantizationAwareTraining(L.Callback):
         if self.untie:
             untie(model)
         inserted = insert(model, self.schemes, self.estimator)
+        self.calibration.check(model)
         log.info("%s: %d linear layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -154,12 +159,12 @@ class QuantizationAwareTraining(L.Callback):
     # -- calibration --------------------------------------------------------------------------------
 
     def calibrate(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, calibration: RangeCalibration | None = None
+        self, trainer: L.Trainer, pl_module: L.LightningModule, calibration: Calibration | None = None
     ) -> None:
-        """Set all scales from the weights as they are now, and from the calibration data where needed."""
+        """Set all scales, and weights where the calibration does, from the weights as they are and from data."""
         chosen = calibration if calibration is not None else self.calibration
         model = self.quantized(pl_module)
-        chosen(model, lambda: self._run(trainer, pl_module))
+        chosen(model, lambda: self._run(trainer, pl_module), self.calibration_folder)
 
     @torch.no_grad()
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

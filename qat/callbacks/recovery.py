@@ -1,12 +1,13 @@
 """How much of what quantization costs is recovered, measured while training and at its end."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
 import torch
 
-from qat.calibration import RangeCalibration
+from qat.calibration import Calibration, RangeCalibration
 from qat.callbacks.batches import step_losses
 from qat.callbacks.measure import Measure, Measured
 from qat.callbacks.quantization import QuantizationAwareTraining
@@ -40,7 +41,7 @@ class Recovery(L.Callback):
         control: the measured control, or None for no recovery over control.
     """
 
-    def __init__(self, calibrations: dict[str, RangeCalibration] | None = None, control: Control | None = None):
+    def __init__(self, calibrations: Mapping[str, Calibration] | None = None, control: Control | None = None):
         if calibrations is None:
             calibrations = {"ptq": RangeCalibration("absmax", weight="absmax"), "ptq_mse": RangeCalibration("mse")}
         if "ptq" not in calibrations:
@@ -86,10 +87,13 @@ class Recovery(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(known, step=trainer.global_step)
 
-    def figures(self, split: str, qat: DocumentLosses) -> dict[str, Estimate]:
+    def figures(self, split: str, qat: DocumentLosses | None) -> dict[str, Estimate]:
         """Every figure that compares `qat` with what was measured on the same split, by its name in the summary."""
         at = {name: measured[split] for name, measured in self.models.items() if split in measured}
         found = {f"{name}_loss": Estimate(losses.loss) for name, losses in at.items()}
+        if qat is None:
+            nothing = Estimate(None, reason="nothing was trained (trainer.max_steps=0)")
+            return found | dict.fromkeys(("recovery", "recovery_over_control", "qat_minus_control_ptq"), nothing)
         found |= {"qat_loss": Estimate(qat.loss), "recovery": recovered(at["ptq"], qat, at["float"])}
         if "control" in at:
             found["qat_minus_control_ptq"] = difference(qat, at["control_ptq"])
@@ -103,6 +107,14 @@ class Recovery(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.models["qat"] = Measure(trainer, pl_module, self._quantization(trainer))("qat")
+
+    def measure_calibrated(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Instead of `on_train_end` where nothing is trained: losses of the calibrated model, logged too."""
+        self.models["calibrated"] = Measure(trainer, pl_module, self._quantization(trainer))("calibrated")
+        for logger in trainer.loggers:
+            losses = {f"recovery/{name}_loss": m["validation"].loss for name, m in self.models.items()}
+            logger.log_metrics(losses, step=0)
+            logger.save()
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as plain tensors: a resumed run cannot measure the untrained model again."""

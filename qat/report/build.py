@@ -10,7 +10,7 @@ from typing import Any
 from qat.evaluation import DocumentLosses, Estimate, difference, loss_interval
 
 FIGURES = ("recovery", "recovery_over_control", "qat_minus_control_ptq")
-LOSSES = ("float", "ptq", "ptq_mse", "qat", "control", "control_ptq", "packed")
+LOSSES = ("float", "ptq", "ptq_mse", "calibrated", "qat", "control", "control_ptq", "packed")
 
 
 def build_summary(

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from qat.report.summary import TITLES, duration, millinats, number, shrinkage, size, verdict
+from qat.report.summary import TITLES, duration, millinats, number, shrinkage, size, title, verdict
 from qat.report.table import figures, heading
 
 # What matplotlib is told to draw with, and the CSS variable it becomes.  The line styles differ too, so
@@ -23,7 +23,7 @@ _COLORS = {
     "float": "#040404", "ptq": "#050505", "qat": "#060606", "control": "#070707", "control_ptq": "#080808",
 }  # fmt: skip
 _DASHES = {"float": "-", "ptq": "--", "control": "-.", "control_ptq": ":"}
-_SHADE = {"ptq_mse": "ptq", "packed": "qat"}  # variants take the colour of what they vary
+_SHADE = {"ptq_mse": "ptq", "calibrated": "ptq", "packed": "qat"}  # variants take the colour of what they vary
 
 WIDTH = 4.6  # inches of 72 units: labels stay legible when a phone shrinks a figure to 340 pixels
 LAYERS_DRAWN = 48  # more bars than this are a wall; the table has all layers
@@ -49,7 +49,7 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         verdict=verdict(summary),
         figures=figures(summary),
         times=shrinkage(summary),
-        titles=TITLES,
+        titles={name: title(summary, name) for name in TITLES},
         plots=_plots(summary),
         scalars=_scalars(summary),
     )
@@ -208,7 +208,7 @@ def _draw_models(axes: Any, summary: dict[str, Any]) -> str:
               [s[1] - v if any(s) else 0 for v, s in zip(values, spans, strict=True)]]  # fmt: skip
     names = [_SHADE.get(row["name"], row["name"]) for row in rows]
     _bars(
-        axes, [TITLES.get(row["name"], row["name"]) for row in rows], values,
+        axes, [title(summary, row["name"]) for row in rows], values,
         [n if n in _COLORS else "muted" for n in names],
         xerr=[[max(e, 0) for e in side] for side in errors], ecolor=_COLORS["ink"], capsize=3,
     )  # fmt: skip

@@ -16,9 +16,11 @@ from typing import Any
 FILE = "summary.json"
 
 # What a missing key means.  Tuples are read as "one of these types".
-_TEXT = ("recipe", "scheme", "model", "data", "corpus_digest", "control_ptq_calibration", "export_dir")
+_TEXT = (
+    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "control_ptq_calibration", "export_dir",
+)  # fmt: skip
 _NUMBERS = (
-    "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "qat_loss", "control_loss",
+    "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
     "control_ptq_loss", "packed_loss", "qat_minus_control_ptq", "recovery", "recovery_over_control",
     "float_bytes", "packed_bytes", "seconds",
 )  # fmt: skip
@@ -37,11 +39,19 @@ TITLES = {
     "float": "float",
     "ptq": "PTQ",
     "ptq_mse": "PTQ (MSE)",
+    "calibrated": "PTQ (calibrated)",
     "qat": "QAT",
     "control": "control",
     "control_ptq": "PTQ(control)",
     "packed": "packed",
 }
+
+
+def title(summary: dict[str, Any], name: str) -> str:
+    """What tables call the model `name` of a run: `PTQ (gptq)` for the calibrated one, where the run says by what."""
+    if name == "calibrated" and summary.get("calibration"):
+        return f"PTQ ({summary['calibration']})"
+    return TITLES.get(name, name)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -236,7 +246,11 @@ def verdict(summary: dict[str, Any]) -> str:
             f"QAT ended {number(1e3 * abs(qat - ptq), 1)} millinats per token {word} quantizing the float model; "
             "without a control, how much of that is fine-tuning alone is not known."
         )
-    if ptq is not None and summary["float_loss"] is not None:
-        cost = number(1e3 * (ptq - summary["float_loss"]), 1, sign=True)
-        return f"Quantized without training: {cost} millinats per token against the float model."
+    calibrated = summary["calibrated_loss"] if summary["calibrated_loss"] is not None else ptq
+    if calibrated is not None and summary["float_loss"] is not None:
+        cost = number(1e3 * (calibrated - summary["float_loss"]), 1, sign=True)
+        sentence = f"Quantized without training: {cost} millinats per token against the float model"
+        if ptq is None or calibrated == ptq:
+            return f"{sentence}."
+        return f"{sentence}; rounding to nearest costs {number(1e3 * (ptq - summary['float_loss']), 1, sign=True)}."
     return "A float run: nothing was quantized."

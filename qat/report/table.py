@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qat.report.summary import (
-    TITLES,
     duration,
     millinats,
     number,
     ratio,
     shrinkage,
     size,
+    title,
     verdict,
 )
 
@@ -63,7 +63,7 @@ def run_table(summary: dict[str, Any]) -> Group:
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary["models"]:
         table.add_row(
-            TITLES.get(row["name"], row["name"]),
+            title(summary, row["name"]),
             number(row["loss"]),
             millinats(row["difference_to_float"], row["difference_interval"]),
             number(row["perplexity"], 3),
