@@ -10,12 +10,13 @@ from qat.calibration.ranges import RangeCalibration
 from qat.calibration.rotation import Rotation
 from qat.calibration.smoothquant import SmoothQuant
 
-CALIBRATIONS = {
+CALIBRATIONS: dict[str, Calibration] = {
     "absmax": RangeCalibration("absmax", weight="absmax"),
     "mse": RangeCalibration("mse"),
     "weighted_mse": RangeCalibration("weighted_mse", importance=0.5, signed=True),
+    "gptq": GPTQ(),
 }
-"""Calibrations that set scales only, by name; the strongest one on a model's validation split is its PTQ to beat."""
+"""Calibrations for any model, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
 __all__ = [
     "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "RangeCalibration", "Rotation", "SmoothQuant",

@@ -54,7 +54,9 @@ class GPTQ:
     """
 
     name: str = "gptq"
-    ranges: RangeCalibration = field(default_factory=lambda: RangeCalibration("mse"))
+    ranges: RangeCalibration = field(
+        default_factory=lambda: RangeCalibration("weighted_mse", importance=0.5, signed=True)
+    )
     act_order: bool = True
     damping: float = 0.01
     columns: int = 128
