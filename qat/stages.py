@@ -3,6 +3,7 @@
 import logging
 import platform
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -86,7 +87,9 @@ class Run:
         if self.schemes.quantizes:
             with self._stage("measure packed"):
                 self._measure_packed(task)
-        return self._report()
+        summary = self._report()
+        shutil.rmtree(self._calibration_folder, ignore_errors=True)  # finished blocks, of use to an unfinished run only
+        return summary
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -99,6 +102,11 @@ class Run:
     def _post_training(self) -> bool:
         """Whether the model is quantized as it is: no step, no optimizer, no control."""
         return self.cfg.trainer.max_steps == 0
+
+    @property
+    def _calibration_folder(self) -> Path:
+        """Where finished blocks are kept until the run is."""
+        return self.out / "calibration"
 
     # -- load ---------------------------------------------------------------------------------------
 
@@ -137,7 +145,7 @@ class Run:
     # -- trainers -----------------------------------------------------------------------------------
 
     def _quantization(self) -> QuantizationAwareTraining:
-        return instantiate(self.cfg.callbacks.quantization, calibration_folder=self.out / "calibration")
+        return instantiate(self.cfg.callbacks.quantization, calibration_folder=self._calibration_folder)
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qat.calibration import GPTQ
 from qat.data.documents import python_stdlib
 from qat.main import main
 from qat.report import read_summary
@@ -116,6 +117,8 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
 def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatch, tmp_path):
     _, words = job
     train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/plain")
+    treat, treated = GPTQ._treat, []
+    monkeypatch.setattr(GPTQ, "_treat", lambda *args: (treated.append(1), treat(*args)))
     train(monkeypatch, *words, "calibration=gptq", f"hydra.run.dir={tmp_path}/gptq")
     plain, gptq = read_summary(tmp_path / "plain"), read_summary(tmp_path / "gptq")
     for name in ("float_loss", "ptq_loss", "ptq_mse_loss"):  # measured around it, the weights put back
@@ -123,7 +126,8 @@ def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatc
     assert gptq["calibrated_loss"] is not None and plain["calibrated_loss"] is None
     assert gptq["qat_loss"] != plain["qat_loss"]
     assert gptq["packed_loss"] == pytest.approx(gptq["qat_loss"], abs=1e-6)
-    assert len(list((tmp_path / "gptq" / "calibration").glob("*.safetensors"))) == 1  # one block, calibrated once
+    assert len(treated) == 1  # its only block: measured as PTQ, then taken from its file
+    assert not (tmp_path / "gptq" / "calibration").exists()
 
 
 def test_a_calibration_stopped_by_hand_says_how_it_goes_on(job, monkeypatch, tmp_path):

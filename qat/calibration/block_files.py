@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -76,5 +77,6 @@ class BlockFiles:
                 parameter.data = mapped[name]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's memory, as a buffer."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
