@@ -24,7 +24,8 @@ def test_every_help_teaches_with_an_example(command, capsys):
         main([command, "--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and f"examples:\n  qat {command} " in text
-    assert max(map(len, text.splitlines())) <= 120
+    written = [line for line in text.splitlines() if not line.startswith("recipe: ")]  # Hydra's list of all of them
+    assert max(map(len, written)) <= 120
 
 
 def test_main_help_names_every_command_and_imports_nothing_heavy():

@@ -116,7 +116,7 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
 
 def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatch, tmp_path):
     _, words = job
-    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/plain")
+    train(monkeypatch, *words, "calibration=mse", f"hydra.run.dir={tmp_path}/plain")
     treat, treated = GPTQ._treat, []
     monkeypatch.setattr(GPTQ, "_treat", lambda *args: (treated.append(1), treat(*args)))
     train(monkeypatch, *words, "calibration=gptq", f"hydra.run.dir={tmp_path}/gptq")
@@ -126,7 +126,7 @@ def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatc
     assert gptq["calibrated_loss"] is not None and plain["calibrated_loss"] is None
     assert gptq["qat_loss"] != plain["qat_loss"]
     assert gptq["packed_loss"] == pytest.approx(gptq["qat_loss"], abs=1e-6)
-    assert len(treated) == 1  # its only block: measured as PTQ, then taken from its file
+    assert len(treated) == 2  # its only block: of the control, and measured as PTQ; training takes that from its file
     assert not (tmp_path / "gptq" / "calibration").exists()
 
 
