@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,18 @@ def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatc
     assert gptq["packed_loss"] == pytest.approx(gptq["qat_loss"], abs=1e-6)
     assert len(treated) == 2  # its only block: of the control, and measured as PTQ; training takes that from its file
     assert not (tmp_path / "gptq" / "calibration").exists()
+
+
+def test_a_calibration_that_cannot_treat_the_control_is_left_out_with_its_reason(job, monkeypatch, tmp_path, capsys):
+    def refuse(*_):
+        raise ValueError("its Hessian cannot be factorized")
+
+    monkeypatch.setattr(GPTQ, "_treat", refuse)
+    train(monkeypatch, *job[1], "calibration=mse", f"hydra.run.dir={tmp_path}/run")
+    assert re.search(r"gptq is left out: .*its Hessian cannot be factorized", capsys.readouterr().out)
+    summary = read_summary(tmp_path / "run")
+    assert summary["control_ptq_calibration"] in ("absmax", "mse", "weighted_mse")
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
 
 
 def test_a_calibration_stopped_by_hand_says_how_it_goes_on(job, monkeypatch, tmp_path):

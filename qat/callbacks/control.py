@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qat.calibration import Calibration
-from qat.callbacks.measure import Measure
+from qat.callbacks.measure import Measure, Measured
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.recovery import Control
 from qat.insertion import insert
@@ -84,14 +84,22 @@ def measure_control(
         pl_module: holding the control's weights; fake quantizers are inserted into it.
         trainer: with data attached.
         quantization: whose scheme is measured.
-        calibrations: post-training quantizations to choose from.
+        calibrations: post-training quantizations to choose from.  One that changes weights and cannot treat these is
+            left out, and the log says why: nobody asked for it, and the control took long to train.
     """
     trainer.precision_plugin.convert_module(pl_module)
     pl_module.to(trainer.strategy.root_device)
     insert(quantization.quantized(pl_module), quantization.schemes, quantization.estimator)
     measure = Measure(trainer, pl_module, quantization)
     in_float = measure.in_float("control")
-    tried = {c.name: measure.post_training(f"control, {c.name}", c) for c in calibrations}
+    tried: dict[str, Measured] = {}
+    for calibration in calibrations:
+        try:
+            tried[calibration.name] = measure.post_training(f"control, {calibration.name}", calibration)
+        except ValueError as error:
+            if not calibration.changes_weights:
+                raise
+            log.warning("PTQ of the control: %s is left out: %s", calibration.name, error)
     best = min(tried, key=lambda name: tried[name]["validation"].loss)
     losses = ", ".join(f"{name} {measured['validation'].loss:.4f}" for name, measured in tried.items())
     log.info("PTQ of the control on the validation split: %s; %s stands", losses, best)

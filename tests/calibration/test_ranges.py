@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import qat.calibration.ranges as ranges
+import qat.observers as observers
 from qat.calibration import CALIBRATIONS, RangeCalibration
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import absmax_scale, fake_quantize
@@ -116,7 +117,9 @@ def test_importance_minimises_the_error_weighted_by_the_layers_inputs(weight, po
 
 
 @pytest.mark.parametrize("weight", list(WEIGHTS))
-def test_a_signed_scale_is_never_worse_and_turns_to_the_larger_extreme(weight):
+def test_a_signed_scale_is_never_worse(weight, monkeypatch):
+    # Only the grid, of which the unsigned one is a part: each refines around a best point of its own.
+    monkeypatch.setattr(observers, "_REFINED", 1)
     errors, scales = {}, {}
     for signed in (False, True):
         model = network(weight)
@@ -126,9 +129,10 @@ def test_a_signed_scale_is_never_worse_and_turns_to_the_larger_extreme(weight):
         quantized = fake_quantize(layer.weight.detach(), scale, layer.scheme.weight)
         errors[signed] = (quantized - layer.weight.detach()).double().square().reshape(scale.numel(), -1).sum(1)
     assert (scales[False] > 0).all()
-    # Both refine from the grid's best point, which may be another one: never worse by more than the grid resolves.
-    assert (errors[True] <= 1.02 * errors[False]).all()
-    assert errors[True].sum() < errors[False].sum() or weight == "tensor"
+    # Sums of float32: a tie may fall either way by their rounding.
+    assert (errors[True] <= (1 + 1e-5) * errors[False]).all()
+    if weight != "tensor":
+        assert (scales[True] < 0).any() and errors[True].sum() < 0.99 * errors[False].sum()
 
 
 def test_a_group_with_one_large_positive_weight_gets_a_negative_scale():
