@@ -75,7 +75,7 @@ class Distillation(L.Callback):
             return
         own = self.teacher is None
         if own and not quantizes:
-            raise ValueError("distillation from the model's own float weights teaches nothing where nothing is quantized")
+            raise ValueError("nothing is quantized, so the model's own float weights have nothing to teach it")
         if own and start_step and self.weight == 1:
             raise ValueError(
                 f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
@@ -146,8 +146,8 @@ class Distillation(L.Callback):
     def _mixed(self, pl_module: L.LightningModule, result: Any, calls: list[tuple[Any, Any, Any]], batch: Any) -> Any:
         if len(calls) != 1:
             raise ValueError(
-                f"training_step called {self.submodule} {len(calls)} times, and distillation compares one call: name the "
-                "part that returns the logits as its submodule"
+                f"training_step called {self.submodule} {len(calls)} times, and distillation compares one call: "
+                "name the part that returns the logits as its submodule"
             )
         args, kwargs, output = calls[0]
         student = _logits(output, self.submodule)
@@ -172,7 +172,8 @@ class Distillation(L.Callback):
 def _logits(output: Any, name: str) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise ValueError(f"{name} returned {type(output).__name__}: distillation needs a tensor, or an object with logits")
+        kind = type(output).__name__
+        raise ValueError(f"{name} returned {kind}: distillation needs a tensor, or an object with logits")
     return logits
 
 

@@ -191,7 +191,7 @@ def test_another_vocabulary_is_refused_before_anything_runs():
     module.model = sized(100)
     with pytest.raises(ValueError, match="100 tokens and the teacher 99"):
         Distillation(teacher=sized(99)).check(module, 0)
-    with pytest.raises(ValueError, match="where nothing is quantized"):
+    with pytest.raises(ValueError, match="nothing is quantized"):
         Distillation().check(module, 0, quantizes=False)
     Distillation(weight=0.0).check(module, 5, quantizes=False)
 
