@@ -110,14 +110,14 @@ class Run:
 
     # -- load ---------------------------------------------------------------------------------------
 
-    def _task(self) -> L.LightningModule:
-        """A fresh LightningModule around the float model; equal every time it is called."""
+    def _task(self, **optim: Any) -> L.LightningModule:
+        """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
         if self.schemes.quantizes and self.cfg.callbacks.quantization.untie:
             untie(model)  # here, so that the control is trained as QAT is
         self.data.tokenizer = self.tokenizer = tokenizer
-        return instantiate(self.cfg.task, model=model, **self.cfg.optim)
+        return instantiate(self.cfg.task, model=model, **{**self.cfg.optim, **optim})
 
     def _check(self, task: L.LightningModule) -> None:
         """Whatever can be refused is refused here, before anything long."""
@@ -174,6 +174,7 @@ class Run:
     # -- control ------------------------------------------------------------------------------------
 
     def _train_control(self) -> None:
+        lr = self.cfg.optim.lr if self.cfg.control_lr is None else self.cfg.control_lr
         trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
         shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
         settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}
@@ -183,7 +184,7 @@ class Run:
             architecture=self.architecture,
             batches=self.data.digest,
             task=OmegaConf.to_container(self.cfg.task, resolve=True),
-            optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
+            optim={**self.cfg.optim, "lr": lr},
             trainer=settings,
             seed=self.cfg.seed,
             versions=[__version__, torch.__version__],
@@ -194,7 +195,7 @@ class Run:
         log.info("training the float control (kept in %s)", self.control_at)
         train_control(
             self.control_at,
-            self._task(),
+            self._task(lr=lr),
             self.data,
             lambda checkpoints: self._trainer(checkpoints, [], logger=False, limit_val_batches=0),
         )
