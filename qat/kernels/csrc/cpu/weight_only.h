@@ -1,4 +1,5 @@
 // W4A16 and W8A16: integer weights times float activations.  Reference: packed_linear in qat/kernels/reference.py.
+// BF16: bfloat16 weights, exactly, times float activations, summed in float32; for layers that are not quantized.
 //
 // A row of `packed` holds u = q + 2^(bits-1), lowest first (qat/packing.py):
 //
@@ -39,6 +40,15 @@ struct W8A16 : FloatSums {
   static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
     for (int i = 0; i < 32; i++)
       for (int t = 0; t < T; t++) sums[t] += float(int(w[i]) - 128) * x[t * x_row + i];
+  }
+};
+
+struct BF16 : FloatSums {
+  static constexpr int bytes = 64;
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    for (int i = 0; i < 32; i++)
+      for (int t = 0; t < T; t++) sums[t] += from_bfloat16(uint16_t(w[2 * i] | w[2 * i + 1] << 8)) * x[t * x_row + i];
   }
 };
 
@@ -108,6 +118,17 @@ struct W8A16 : FloatSums {
   }
 };
 
+// A 32-bit word is two bfloat16: the even one shifted up is a float, and so is the odd one with the even masked off.
+struct BF16 : FloatSums {
+  static constexpr int block = 32, bytes = 64;
+  static int position(int i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    for (int i = 0; i < 2; i++)
+      W4A16::pairs(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * i)), x + 16 * i, x_row);
+  }
+};
+
 #else
 
 struct FloatSums {
@@ -145,6 +166,17 @@ struct W8A16 : FloatSums {
       const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * i)));
       add(sums, _mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(128))), x + 16 * i, x_row);
     }
+  }
+};
+
+struct BF16 : FloatSums {
+  static constexpr int block = 32, bytes = 64;
+  static int position(int i) { return i % 2 * 16 + i / 2; }
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    const __m512i two = _mm512_loadu_si512(w), odd = _mm512_set1_epi32(int(0xffff0000));
+    add(sums, _mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), x, x_row);
+    add(sums, _mm512_castsi512_ps(_mm512_and_si512(two, odd)), x + 16, x_row);
   }
 };
 
