@@ -30,7 +30,7 @@ def step(decoder: LlamaDecoder, cache: KeyValueCache) -> Step:
     """
     if decoder.device.type == "cuda":
         return GraphStep(decoder, cache)
-    if cpu_step.why_not(decoder) is None:
+    if cpu_step.why_not(decoder, cache.batch) is None:
         return cpu_step.CpuStep(decoder, cache)
     return lambda tokens: decoder(tokens, cache, last=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat.inference.cuda_backend import CudaLinear
 from qat.inference.packed import PackedLinear
+from qat.kernels import pages
 from qat.kernels.plan import TILE_N
 
 
@@ -54,6 +55,7 @@ def why_separate(layers: Sequence[Any]) -> str | None:
         return "layers of several kinds"
     if any((layer.bias is None) != (first.bias is None) for layer in layers):
         return "some have a bias and some do not"
+    same: set[tuple[Any, ...]]
     if kind is nn.Linear:
         same = {(layer.in_features, layer.weight.dtype) for layer in layers}
     elif kind is CudaLinear:
@@ -102,7 +104,9 @@ def _float(layers: Sequence[Any]) -> nn.Linear:
 @torch.no_grad()
 def _joined(layers: Sequence[Any], name: str) -> Tensor:
     """The layers' tensors `name`, concatenated; theirs become views of it."""
-    joined = torch.cat([getattr(layer, name).detach() for layer in layers])
+    parts = [getattr(layer, name).detach() for layer in layers]
+    shape = sum(map(len, parts)), *parts[0].shape[1:]
+    joined = torch.cat(parts, out=pages.empty(*shape, dtype=parts[0].dtype, device=parts[0].device))
     start = 0
     for layer in layers:
         old = getattr(layer, name)

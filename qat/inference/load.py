@@ -19,6 +19,7 @@ from qat.inference.foreign import foreign_schemes
 from qat.inference.packed import PackedLinear
 from qat.inference.torch_backend import use_torch_operators
 from qat.kernels.build import BuildError
+from qat.kernels.pages import ask_for_huge_pages
 from qat.packing import pack
 from qat.scheme import QuantScheme
 
@@ -143,6 +144,8 @@ def _fill(model: Any, path: Path, schemes: Mapping[str, QuantScheme]) -> None:
     """Copy the tensors of the file into `model`, each to its place, and account for all of both."""
     model.tie_weights()
     wanted = dict(model.state_dict(keep_vars=True))
+    for tensor in wanted.values():
+        ask_for_huge_pages(tensor)
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
         filled = set()

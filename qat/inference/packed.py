@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional import scale_dtype
-from qat.kernels import packed_linear
+from qat.kernels import packed_linear, pages
 from qat.kernels.cpu_layer import CpuLayer
 from qat.packing import words_of
 from qat.scheme import QuantScheme
@@ -49,9 +49,10 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.backend = "reference"
         self._resolved: CpuLayer | None = None
+        self._resolved_bias: Tensor | None = None
         words, groups = words_of(in_features, scheme.weight.bits), scheme.weight.groups(in_features)
         static = None if scheme.input is None or scheme.input.dynamic else scheme.input
-        self.register_buffer("packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer("packed", pages.empty(out_features, words, dtype=torch.int32, device=device))
         self.register_buffer(
             "scale", torch.empty(out_features, groups, dtype=scale_dtype(scheme.weight), device=device)
         )

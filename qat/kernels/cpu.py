@@ -145,8 +145,8 @@ def packed_linear(
         divisor = input_spec(input_bits, input_rule).absmax_divisor
     failed = use.linear(
         ARGUMENTS.pack(
-            x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, packed.data_ptr(), scale.data_ptr(),
-            tokens, out_features, in_features, group_size, 4 * words,
+            x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,  # no residual
+            packed.data_ptr(), scale.data_ptr(), tokens, out_features, in_features, group_size, 4 * words,
             bits, TYPES[dtype], TYPES[scale.dtype], mode, input_bits, use.isa, torch.get_num_threads(),
             static, divisor,
         )

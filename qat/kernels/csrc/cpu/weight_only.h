@@ -54,15 +54,19 @@ struct BF16 : FloatSums {
 
 #elif QAT_ISA == 1
 
+// Two vectors a sum: a chain of multiply-adds, each waiting for the one before, is half as long.
 struct FloatSums {
   using In = float;
-  using Sum = __m256;
+  struct Sum {
+    __m256 part[2];
+  };
   static constexpr int offset = 0;
-  static Sum start(const int32_t*) { return _mm256_setzero_ps(); }
-  static Vec to_float(Sum s) { return s; }
+  static Sum start(const int32_t*) { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static Vec to_float(Sum s) { return _mm256_add_ps(s.part[0], s.part[1]); }
   template <int T>
-  static void add(Sum (&sums)[T], __m256 q, const In* x, int64_t x_row) {
-    for (int t = 0; t < T; t++) sums[t] = _mm256_fmadd_ps(q, _mm256_load_ps(x + t * x_row), sums[t]);
+  static void add(Sum (&sums)[T], int part, __m256 q, const In* x, int64_t x_row) {
+    for (int t = 0; t < T; t++)
+      sums[t].part[part] = _mm256_fmadd_ps(q, _mm256_load_ps(x + t * x_row), sums[t].part[part]);
   }
 };
 
@@ -101,8 +105,8 @@ struct W4A16 : FloatSums {
   template <int T>
   static void pairs(Sum (&sums)[T], __m256i two, const In* x, int64_t x_row) {
     const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-    add(sums, _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), x, x_row);
-    add(sums, _mm256_castsi256_ps(_mm256_and_si256(two, odd)), x + 8, x_row);
+    add(sums, 0, _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), x, x_row);
+    add(sums, 1, _mm256_castsi256_ps(_mm256_and_si256(two, odd)), x + 8, x_row);
   }
 };
 
@@ -113,7 +117,7 @@ struct W8A16 : FloatSums {
   static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
     for (int i = 0; i < 4; i++) {
       const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + 8 * i)));
-      add(sums, _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(128))), x + 8 * i, x_row);
+      add(sums, i % 2, _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(128))), x + 8 * i, x_row);
     }
   }
 };
