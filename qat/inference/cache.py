@@ -78,15 +78,23 @@ class KeyValueCache:
         self.start.zero_() if padding is None else self.start.copy_(padding)
         self.padded = padding is not None and bool(padding.any())
 
+    def require(self, tokens: int) -> None:
+        """Check that the next `tokens` tokens of each row fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if (needed := self.length + tokens) > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {needed} are needed: make it with that capacity")
+
     def span(self, tokens: int) -> Span:
         """Of the next `tokens` tokens of each row.
 
         Raises:
             ValueError: they do not fit.
         """
+        self.require(tokens)
         begin, end = self.length, self.length + tokens
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed: make it with that capacity")
         slots = torch.arange(begin, end, device=self.start.device)
         mask = None
         if self.padded or (begin and tokens > 1):

@@ -48,7 +48,7 @@ def cpu_layer(layer: nn.Module, dtype: torch.dtype) -> CpuLayer | None:
 
 
 def _linears(block: Any) -> list[nn.Module]:
-    return [block.qkv.linear, block.out.linear, block.gate_up.linear, block.down.linear]
+    return [block.qkv, block.out, block.gate_up, block.down]
 
 
 class CpuStep:
@@ -74,8 +74,7 @@ class CpuStep:
             MemoryError: there is none for temporaries.
         """
         cache = self.cache
-        if cache.length >= cache.capacity:
-            cache.span(1)  # raises
+        cache.require(1)
         if self.threads != torch.get_num_threads():
             self._record()
         self.slot[0] = cache.length
@@ -108,7 +107,7 @@ class CpuStep:
         sizes = cache.batch, block.heads, block.kv_heads, self.decoder.head_dim, cache.capacity
         heads = cpu_decode.Heads(*sizes, self.slot, cache.start)
 
-        self._norm(block.qkv.norm)
+        self._norm(block.norm)
         packed = self._linear(qkv, self.normed)
         query = self.x.new_empty(cache.batch, out.in_features)
         turn = cpu_decode.rotary(packed, self.cos, self.sin, query, keys, values, heads)
@@ -118,7 +117,7 @@ class CpuStep:
         self.calls.append((kernels.attend, (look, isa)))
         self._linear(out, attended, add_to=self.x)
 
-        self._norm(block.gate_up.norm)
+        self._norm(block.mlp_norm)
         both = self._linear(gate_up, self.normed)
         gated = self.x.new_empty(cache.batch, down.in_features)
         self.calls.append((kernels.gate, (cpu_decode.gate(both, gated, self.threads), isa)))

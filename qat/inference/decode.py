@@ -19,6 +19,7 @@ from qat.inference.cache import KeyValueCache, Span
 from qat.inference.llama import LlamaDecoder
 
 Step = Callable[[Tensor], Tensor]
+Work = Callable[[], Tensor]
 
 
 def step(decoder: LlamaDecoder, cache: KeyValueCache) -> Step:
@@ -29,49 +30,37 @@ def step(decoder: LlamaDecoder, cache: KeyValueCache) -> Step:
         result may be overwritten by the next call.
     """
     if decoder.device.type == "cuda":
-        return GraphStep(decoder, cache)
+        with torch.cuda.device(decoder.device):
+            return FixedStep(decoder, cache, cuda_graph)
     if cpu_step.why_not(decoder, cache.batch) is None:
         return cpu_step.CpuStep(decoder, cache)
     return lambda tokens: decoder(tokens, cache, last=True)
 
 
-class GraphStep:
-    """A step as a CUDA graph: the slot and the tokens are read from tensors, the mask covers the whole cache.
-
-    Captured at construction, after two runs on a side stream that compile kernels and fill torch's allocator; those
-    write to the next free slot alone, which the first real step overwrites.
+class FixedStep:
+    """A step whose launches are the same each time: slot and tokens are read from tensors, the mask covers the cache.
 
     Args:
-        decoder: on a CUDA device.
-        cache: of it; the graph reads and writes its tensors in place.
+        decoder: on any device.
+        cache: of it; the step reads and writes its tensors in place.
+        capture: of the work, which returns logits, what runs it again.
     """
 
-    def __init__(self, decoder: LlamaDecoder, cache: KeyValueCache):
+    def __init__(self, decoder: LlamaDecoder, cache: KeyValueCache, capture: Callable[[Work], Work] = lambda run: run):
         self.decoder, self.cache = decoder, cache
         device = decoder.device
         self.tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
         self.slot = torch.full((1,), min(cache.length, cache.capacity - 1), dtype=torch.int64, device=device)
         self.all_slots = torch.arange(cache.capacity, device=device)
-        decoder.rotary(cache.capacity)  # outside of the graph
-        self.logits = self._capture()
+        decoder.rotary(cache.capacity)  # outside of what is captured
+        self.replay = capture(self.run)
 
     def run(self) -> Tensor:
-        """The captured work: everything that changes from step to step is read from device memory."""
+        """(batch, 1, vocabulary): everything that changes from step to step is read from the device's memory."""
         mask = (self.all_slots <= self.slot) & (self.all_slots >= self.cache.start[:, None])
         positions = (self.slot - self.cache.start[:, None]).clamp_(min=0)
         span = Span(self.slot, positions, self.cache.capacity, mask[:, None, None])
         return self.decoder.run(self.tokens, self.cache, span)
-
-    def _capture(self) -> Tensor:
-        side = torch.cuda.Stream(self.decoder.device)
-        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.run()
-        torch.cuda.current_stream(self.decoder.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            return self.run()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(batch, 1) -> (batch, 1, vocabulary), overwritten by the next call.
@@ -79,12 +68,34 @@ class GraphStep:
         Raises:
             ValueError: the cache is full.
         """
-        self.cache.span(1)
+        self.cache.require(1)
         self.tokens.copy_(tokens)
         self.slot.fill_(self.cache.length)
-        self.graph.replay()
+        logits = self.replay()
         self.cache.length += 1
-        return self.logits
+        return logits
+
+
+def cuda_graph(run: Work) -> Work:
+    """Capture `run` after two runs on a side stream, which compile kernels and fill torch's allocator.
+
+    Those write to the next free slot alone, which the first real step overwrites.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def sample(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -1,25 +1,21 @@
 """A Llama-like model as a short list of launches, built from the layers of a loaded model.
 
     one block     x ─ norm ─ qkv ─ rotary, cache, attention ─ out ─ + ─ norm ─ gate_up ─ SwiGLU ─ down ─ + ─
-                  └───────────────────────────────────────────────┘ └──────────────────────────────────┘
-    launches          1                     2                  3          4                        5
+    multiplied        └──1──┘                                └──2──┘    └────────3──────────┘   └──4──┘
 
 q, k and v are one packed layer, and so are gate and up, so that their input is normalized, and quantized where the
 scheme says so, once.  The tensors of the model's own layers become views of the concatenated ones (`fusion`).
 
-A layer's class may compute more in its launch, by these optional methods; without them torch computes the same:
-
-    linear.of_norm(x, norm)                 linear(norm(x)): normalize and quantize in one pass
-    linear.of_norm_gated(x, norm)           swiglu(linear(norm(x))), for gate and up side by side
-    linear.plus(x, residual)                residual + linear(x), the sum in the epilogue
+On CUDA a `CudaLinear` does more in its launch: 1 and 3 quantize each token behind the norm, 3 ends with SwiGLU, 2 and 4
+with the sum.  Elsewhere torch computes the same in steps of its own; one token on the CPU kernels: `cpu_step`.
 
 Numerics: the operations are those of transformers' model in the same order and dtype.  Where a linear layer computes
 each output on its own (the CPU kernels below 32 tokens), q, k, v, gate and up have the same bits as unfused; attention
-to one token groups the query heads, and is the same up to the order of its sums.
+to one token groups the query heads, and is the same up to the order of its sums.  On CUDA the norm's squares are summed
+in another order, too.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.inference.cache import KeyValueCache, Span, attend
+from qat.inference.cuda_backend import CudaLinear, GatedMlp
 from qat.inference.fusion import Separate, side_by_side
 
 log = logging.getLogger(__name__)
@@ -36,55 +33,27 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 MOVING_ROTARY = ("dynamic", "longrope")
 
 
-class Normed(nn.Module):
-    """linear(norm(x)), gated by SwiGLU where `gated`: then `linear` is gate and up, side by side."""
-
-    def __init__(self, norm: nn.Module, linear: nn.Module, gated: bool = False):
-        super().__init__()
-        self.norm, self.linear, self.gated = norm, linear, gated
-        self.fused: Callable[..., Tensor] | None = getattr(linear, "of_norm_gated" if gated else "of_norm", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, in) -> (batch, tokens, out, or half of it where gated), x's dtype."""
-        if self.fused is not None:
-            return self.fused(x, self.norm)
-        out = self.linear(self.norm(x))
-        return swiglu(out) if self.gated else out
-
-
-class Added(nn.Module):
-    """residual + linear(x)."""
-
-    def __init__(self, linear: nn.Module):
-        super().__init__()
-        self.linear = linear
-        self.fused: Callable[..., Tensor] | None = getattr(linear, "plus", None)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """(batch, tokens, in), (batch, tokens, out) -> (batch, tokens, out), x's dtype."""
-        return residual + self.linear(x) if self.fused is None else self.fused(x, residual)
-
-
 class Block(nn.Module):
     """One decoder layer, its tensors shared with transformers' `layer`."""
 
     def __init__(self, layer: Any, heads: int, kv_heads: int):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
         self.heads, self.kv_heads = heads, kv_heads
-        self.qkv = Normed(layer.input_layernorm, qkv)
-        self.out = Added(attention.o_proj)
-        self.gate_up = Normed(layer.post_attention_layernorm, side_by_side([mlp.gate_proj, mlp.up_proj]), gated=True)
-        self.down = Added(mlp.down_proj)
+        self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gated = isinstance(mlp, GatedMlp)
+        self.gate_up = mlp.gate_up if self.gated else side_by_side([mlp.gate_proj, mlp.up_proj])
+        self.out, self.down = attention.o_proj, mlp.down_proj
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """(batch, tokens, hidden) -> the same; `rotary` is cos and sin, (batch, tokens, 1, head_dim) each."""
-        qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
+        qkv = of_norm(self.qkv, self.norm, x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
         rotated, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
         query, key = rotate(rotated, *rotary).split([self.heads, self.kv_heads], 2)
-        x = self.out(attend(query, key, value, keys, values, span), x)
-        return self.down(self.gate_up(x), x)
+        x = plus(x, self.out, attend(query, key, value, keys, values, span))
+        gate_up = of_norm(self.gate_up, self.mlp_norm, x)
+        return plus(x, self.down, gate_up if self.gated else swiglu(gate_up))
 
 
 class LlamaDecoder(nn.Module):
@@ -172,6 +141,16 @@ class LlamaDecoder(nn.Module):
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block(x, rotary, keys, values, span)
         return self.head(self.norm(x[:, -1:] if last else x))
+
+
+def of_norm(linear: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """linear(norm(x)), in one launch where there is one."""
+    return linear.of_norm(x, norm) if isinstance(linear, CudaLinear) else linear(norm(x))
+
+
+def plus(residual: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
+    """residual + linear(x), in one launch where there is one."""
+    return linear(x, residual) if isinstance(linear, CudaLinear) else residual + linear(x)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class PackedLinear(nn.Module):
         ValueError: the group size does not divide `in_features`.
     """
 
+    rows = ("packed", "scale", "bias")  # outermost by outputs
     packed: Tensor
     scale: Tensor
     input_scale: Tensor | None
@@ -75,6 +76,11 @@ class PackedLinear(nn.Module):
     def group_size(self) -> int:
         """Inputs that share a scale; all of them for one scale a channel."""
         return self.scheme.weight.group_size or self.in_features
+
+    def kin(self) -> tuple[Any, ...]:
+        """What layers have in common that can be rows of one."""
+        static = None if self.input_scale is None else float(self.input_scale)
+        return self.in_features, self.scheme, self.backend, static
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the input's dtype."""

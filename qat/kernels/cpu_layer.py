@@ -23,6 +23,7 @@ class CpuLayer:
         bits, group_size, input_bits, input_scale, input_rule: as `packed_linear`'s.
         in_features: of x.
         dtype: of x and of the result.
+        use: kernels; those of this machine by default.
 
     Raises:
         ValueError: the operands do not fit together, are not contiguous, or no kernel computes such a layer.
@@ -42,8 +43,9 @@ class CpuLayer:
         *,
         in_features: int,
         dtype: torch.dtype,
+        use: cpu.Kernels | None = None,
     ):
-        self.kernels = cpu.kernels()
+        self.kernels = use or cpu.kernels()
         if scale is not None:
             x = torch.empty(1, in_features, dtype=dtype, device="meta")
             check(x, packed, scale, None, bias, bits, group_size, input_bits, input_scale, input_rule)
@@ -64,7 +66,7 @@ class CpuLayer:
         if input_bits:
             mode, static = (1, 0.0) if input_scale is None else (2, float(input_scale.float()))
             divisor = input_spec(input_bits, input_rule).absmax_divisor
-        row_bytes = packed.stride(0) * packed.element_size()
+        row_bytes = packed.shape[1] * packed.element_size()
         scale_type = 0 if scale is None else cpu.TYPES[scale.dtype]
         self._shape = self.out_features, in_features, group_size, row_bytes, bits, cpu.TYPES[dtype], scale_type
         self._input = mode, input_bits, self.kernels.isa
