@@ -97,7 +97,8 @@ def _by_transformers(model: Any) -> _Run:
         return _next(model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
 
     def held() -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+        layers: Any = cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     return _Run(forward, forward, lambda: None, held)
 
