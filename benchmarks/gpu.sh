@@ -36,10 +36,10 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "memcheck, racecheck: not run: no compute-sanitizer on the PATH"
 fi
-part kernels 140 "$PYTHON" benchmarks/kernels.py --tokens 1 8 16 64 256 2048 --json "$OUT/kernels.json"
+part cuda_linear 140 "$PYTHON" benchmarks/cuda_linear.py --tokens 1 8 16 64 256 2048 --json "$OUT/cuda_linear.json"
 part decode 140 "$PYTHON" benchmarks/decode.py --device cuda --shape 8B --batch 1 8 32 --head 16 4 --rounds 3 \
   --schemes bf16 w4a16 w8a8 w4a8 --json "$OUT/decode.json"
-for table in decode kernels; do
+for table in decode cuda_linear; do
   [ -s "$OUT/$table.json" ] && cat "$OUT/$table.log"
 done
 echo "results: $OUT"

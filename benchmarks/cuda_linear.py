@@ -1,7 +1,7 @@
 """Linear layers of Llama-3-8B on an NVIDIA GPU: qat's kernels against cuBLAS and other packages, side by side.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --layers gate_up --tokens 1 16 --schemes w4a16
+    python benchmarks/cuda_linear.py
+    python benchmarks/cuda_linear.py --layers gate_up --tokens 1 16 --schemes w4a16
 
 A call is captured in a CUDA graph; before each replay a buffer larger than the L2 cache is written, so that weights
 come from memory as they do in a model.  Variants take turns, and medians are reported.  `of floor` is the least time in
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import kernel_peers
+import cuda_peers
 import torch
 from cpu_linear import SCHEMES
 from rich.console import Console
@@ -99,7 +99,7 @@ def cuda_variants(name: str, inputs: int, outputs: int, tokens: int) -> dict[str
     packed.scale.uniform_(0.01, 0.02)
     ours = CudaLinear(packed, torch.bfloat16)
     calls: dict[str, Call] = {"bf16": lambda: torch.nn.functional.linear(x, weight), "qat": lambda: ours(x)}
-    return calls | kernel_peers.calls(name, x, weight)
+    return calls | cuda_peers.calls(name, x, weight)
 
 
 def cuda_timer(calls: dict[str, Call], rounds: int = 20) -> dict[str, float]:
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/kernels.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/cuda_linear.json"))
     arguments = parser.parse_args()
     try:
         require_cuda(torch.device("cuda"))
@@ -175,7 +175,7 @@ def main() -> None:
     rows = list(measure(*chosen, card, cuda_variants, cuda_timer))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "card": asdict(card)}
-    left_out = kernel_peers.left_out()
+    left_out = cuda_peers.left_out()
     result = {**about, "left_out": left_out, "rows": [asdict(r) for r in rows]}
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     for name, reason in left_out.items():
