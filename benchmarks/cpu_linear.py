@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from qat.inference import PackedLinear
 from qat.kernels import build, cpu
-from qat.packing import pack
 from qat.scheme import QuantScheme, QuantSpec
 
 SHAPES = ((2048, 2048), (4096, 14336))  # inputs, outputs
@@ -47,8 +46,7 @@ MOST_TOKENS = {"int4pack fp32": 1, "int8pack fp32": 1, "int4pack bf16": 16, "int
 def layer(scheme: QuantScheme, inputs: int, outputs: int) -> PackedLinear:
     """A packed layer with random codes, on qat's kernels."""
     new = PackedLinear(inputs, outputs, scheme)
-    half = 2 ** (new.bits - 1)
-    new.packed.copy_(pack(torch.randint(-half, half, (outputs, inputs)), new.bits))
+    new.packed.random_(-(2**31), 2**31)
     new.scale.uniform_()
     new.backend = "cpu"
     return new
@@ -59,11 +57,10 @@ def variants(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], t
     torch.manual_seed(0)
     x32 = torch.randn(tokens, inputs)
     x16 = x32.bfloat16()
-    codes4, codes8 = torch.randint(-8, 8, (outputs, inputs)), torch.randint(-128, 128, (outputs, inputs))
     scale4, scale8 = torch.rand(outputs, inputs // GROUP).bfloat16(), torch.rand(outputs, 1).bfloat16()
-    tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes4.int() + 8, 1)
+    tiles = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)  # torch's order of some codes
     scale_and_zero = torch.stack([scale4.T, torch.zeros_like(scale4.T)], -1).contiguous()
-    int8 = codes8.to(torch.int8)
+    int8 = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     w32 = torch.randn(outputs, inputs)
     w16 = w32.bfloat16()
     ours = {name: partial(layer(scheme, inputs, outputs), x16) for name, scheme in SCHEMES.items()}

@@ -78,22 +78,19 @@ class KeyValueCache:
         self.start.zero_() if padding is None else self.start.copy_(padding)
         self.padded = padding is not None and bool(padding.any())
 
-    def require(self, tokens: int) -> None:
-        """Check that the next `tokens` tokens of each row fit.
+    def require(self, tokens: Tensor) -> None:
+        """Check the next tokens of each row, (batch, tokens): a wrong batch would be broadcast, or resize a buffer.
 
         Raises:
-            ValueError: they do not.
+            ValueError: another batch, or they do not fit.
         """
-        if (needed := self.length + tokens) > self.capacity:
+        if len(tokens) != self.batch:
+            raise ValueError(f"the cache has {self.batch} rows, the tokens {len(tokens)}: make it for that batch")
+        if (needed := self.length + tokens.shape[1]) > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {needed} are needed: make it with that capacity")
 
     def span(self, tokens: int) -> Span:
-        """Of the next `tokens` tokens of each row.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        self.require(tokens)
+        """Of the next `tokens` tokens of each row, which fit."""
         begin, end = self.length, self.length + tokens
         slots = torch.arange(begin, end, device=self.start.device)
         mask = None

@@ -70,11 +70,11 @@ class CpuStep:
         """(batch, 1), int64 -> logits (batch, 1, vocabulary), overwritten by the next call.
 
         Raises:
-            ValueError: the cache is full.
+            ValueError: the cache is full, or has another batch.
             MemoryError: there is none for temporaries.
         """
         cache = self.cache
-        cache.require(1)
+        cache.require(tokens)
         if self.threads != torch.get_num_threads():
             self._record()
         self.slot[0] = cache.length

@@ -66,9 +66,9 @@ class FixedStep:
         """(batch, 1) -> (batch, 1, vocabulary), overwritten by the next call.
 
         Raises:
-            ValueError: the cache is full.
+            ValueError: the cache is full, or has another batch.
         """
-        self.cache.require(1)
+        self.cache.require(tokens)
         self.tokens.copy_(tokens)
         self.slot.fill_(self.cache.length)
         logits = self.replay()

@@ -126,8 +126,9 @@ class LlamaDecoder(nn.Module):
             (batch, tokens or 1, vocabulary), the model's dtype.
 
         Raises:
-            ValueError: the cache is full.
+            ValueError: the cache is full, or has another batch.
         """
+        cache.require(tokens)
         span = cache.span(tokens.shape[1])
         logits = self.run(tokens, cache, span, last)
         cache.length += tokens.shape[1]

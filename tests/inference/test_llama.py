@@ -155,6 +155,15 @@ def test_a_full_cache_is_an_error_that_names_its_size(kind, decoder_for):
 
 @pytest.mark.parametrize("kind", STEPS)
 @torch.inference_mode()
+def test_tokens_of_another_batch_are_refused(kind, decoder_for):
+    _, decoder = decoder_for(kind)
+    cache = decoder.new_cache(2, 5)
+    with pytest.raises(ValueError, match="the cache has 2 rows, the tokens 1"):
+        STEPS[kind](decoder, cache)(tokens_of(1, 1))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@torch.inference_mode()
 def test_rows_padded_on_the_left_are_what_they_are_alone(kind, decoder_for):
     _, decoder = decoder_for(kind)
     texts = [tokens_of(1, 7), tokens_of(1, 4) + 1, tokens_of(1, 1) + 2]
