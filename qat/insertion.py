@@ -4,13 +4,13 @@ from torch import Tensor, nn
 
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
-from qat.nn import FakeQuantLinear
+from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, SchemeMap
 
 
-def layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
+def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
     """The quantized layers of `model` by dotted name, in the order of its modules."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLayer)}
 
 
 def quantizers(model: nn.Module) -> list[FakeQuantizer]:
@@ -33,11 +33,12 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
     """
     chosen, problems = {}, []
     for name, module in model.named_modules():
-        scheme = schemes.scheme_of(name) if type(module) is nn.Linear else None
-        if scheme is None:
+        kind = LAYERS.get(type(module))
+        scheme = schemes.scheme_of(name) if kind is not None else None
+        if scheme is None or kind is None:
             continue
         try:
-            scheme.weight.groups(module.in_features)
+            scheme.weight.groups(kind.as_matrix(module.weight).shape[1])
         except ValueError as error:
             problems.append(f"{name}: {error}")
         shared = _owners(model, module.weight)
@@ -50,7 +51,7 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
     if not chosen:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        linear = [n for n, m in model.named_modules() if isinstance(m, tuple(LAYERS))]
         raise ValueError(
             f"scheme {schemes.name} quantizes no layer: of {len(linear)} linear layers"
             f"{' (' + ', '.join(linear[:4]) + ', ...)' if linear else ''} none matches a rule of "
@@ -59,7 +60,7 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
     return chosen
 
 
-def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLinear]:
+def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLayer]:
     """Turn the linear layers that `schemes` names into fake-quantized ones, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
@@ -79,8 +80,7 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
     estimator = estimator if estimator is not None else LSQ()
     for name, scheme in plan(model, schemes).items():
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        FakeQuantLinear.adopt(module, scheme, estimator)
+        LAYERS[type(module)].adopt(module, scheme, estimator)
     return layers(model)
 
 

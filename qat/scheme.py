@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 Granularity = Literal["tensor", "channel", "group", "token"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 AbsmaxRule = Literal["half_range", "qmax"]
+Kind = Literal["linear", "embedding", "conv"]
 
 FORMAT_VERSION = 1
 

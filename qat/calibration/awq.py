@@ -65,7 +65,7 @@ class ClipSearch:
                 quantizer = layer.weight_quantizer
                 assert quantizer.scale is not None
                 quantizer.set_scale(
-                    _clipped(layer.weight.detach().float(), gram, quantizer.scale, self.ratios, quantizer.spec)
+                    _clipped(layer.matrix.detach().float(), gram, quantizer.scale, self.ratios, quantizer.spec)
                 )
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error

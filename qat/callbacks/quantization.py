@@ -154,7 +154,7 @@ class QuantizationAwareTraining(L.Callback):
     def _settle(pl_module: nn.Module) -> None:
         """Store the scales that the last forward used: an estimator may follow the weights instead."""
         for layer in layers(pl_module).values():
-            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.weight.detach()))
+            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.matrix.detach()))
 
     # -- calibration --------------------------------------------------------------------------------
 
