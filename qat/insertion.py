@@ -1,11 +1,12 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, SchemeMap
+from qat.structure import fused_experts, owners, unfuse_experts
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -24,6 +25,15 @@ def set_stage(model: nn.Module, stage: Stage) -> None:
         quantizer.set_stage(stage)
 
 
+def prepare(model: nn.Module, schemes: SchemeMap) -> None:
+    """Change the structure of `model`, not its function, where `schemes` needs that: experts get layers of their own.
+
+    Raises:
+        ValueError: experts that `schemes` quantizes are of a form that has no such layers.
+    """
+    unfuse_experts(model, lambda name: _quantizes_experts(schemes, name))
+
+
 def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
     """Which layers `insert` would quantize, and how; changes nothing.
 
@@ -31,7 +41,13 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
         ValueError: a layer cannot be quantized as its scheme says (all such layers are named), or no
             layer would be quantized at all.
     """
-    chosen, problems = {}, []
+    chosen = {}
+    problems = [
+        f"{name}: its experts share one parameter; give them layers of their own first with "
+        "qat.unfuse_experts(model), or leave them in float (a rule with null)"
+        for name in fused_experts(model)
+        if _quantizes_experts(schemes, name)
+    ]
     for name, module in model.named_modules():
         kind = LAYERS.get(type(module))
         scheme = schemes.scheme_of(name) if kind is not None else None
@@ -41,7 +57,7 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
             scheme.weight.groups(kind.as_matrix(module.weight).shape[1])
         except ValueError as error:
             problems.append(f"{name}: {error}")
-        shared = _owners(model, module.weight)
+        shared = owners(model, module.weight)
         if len(shared) > 1:
             problems.append(
                 f"{name}: its weight is tied to {', '.join(o for o in shared if o != name)}, which would be "
@@ -90,13 +106,5 @@ def remove(model: nn.Module) -> None:
         layer.release()
 
 
-def untie(model: nn.Module) -> None:
-    """Give the output layer of a transformers model a copy of the weight it shares with the embedding."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and len(_owners(model, head.weight)) > 1:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def _owners(model: nn.Module, weight: Tensor) -> list[str]:
-    return [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
+def _quantizes_experts(schemes: SchemeMap, name: str) -> bool:
+    return schemes.scheme_of(f"{name}.0.up_proj") is not None

@@ -16,11 +16,12 @@ from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
 from qat.inference.cpu_backend import use_cpu_kernels
 from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
 from qat.inference.foreign import foreign_schemes
-from qat.inference.packed import PackedLinear
+from qat.inference.packed import packed_layer
 from qat.inference.torch_backend import use_torch_operators
 from qat.kernels.build import BuildError
 from qat.packing import pack
 from qat.scheme import QuantScheme
+from qat.structure import unfuse_experts
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +129,9 @@ def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torc
     # and stored nowhere; memory that nothing writes to is never paged in.
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+    unfuse_experts(model, lambda experts: any(name.startswith(f"{experts}.") for name in schemes))
     for name, scheme in schemes.items():
-        linear = model.get_submodule(name)
-        model.set_submodule(
-            name, PackedLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, model.dtype)
-        )
+        model.set_submodule(name, packed_layer(model.get_submodule(name), scheme, model.dtype))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
