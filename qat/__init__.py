@@ -16,6 +16,7 @@ _PUBLIC = {
     "insert": "qat.insertion",
     "layers": "qat.insertion",
     "remove": "qat.insertion",
+    "fold_batch_norms": "qat.structure",
     "unfuse_experts": "qat.structure",
     "untie": "qat.structure",
     "LSQ": "qat.estimators",

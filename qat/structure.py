@@ -1,10 +1,12 @@
 """Changes of a model's structure that keep its function, made before insertion so that weights can be quantized."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers.integrations.moe import _default_apply_gate
 
 from qat.fake_quantizer import real_tokens, token_mask
@@ -84,6 +86,27 @@ def unfuse_experts(model: nn.Module, where: Callable[[str], bool] = lambda name:
     kind = getattr(getattr(model, "config", None), "model_type", "")
     for name, module in found.items():
         model.set_submodule(name, LinearExperts(module, _PROJECTIONS.get(kind, _USUAL_PROJECTIONS)))
+
+
+def fold_batch_norms(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
+    """Move the batch norm behind a convolution into it: y = gamma (W x + b - mean) / sqrt(var + eps) + beta.
+
+    A norm is behind a convolution that its parent module registers directly before it, with as many channels. In
+    evaluation mode the function stays, but for rounding (1e-5 of its size in float32); training goes on without batch
+    statistics.
+
+    Args:
+        model: any module.
+        where: by the dotted name of a convolution, whether to fold into it; all by default.
+    """
+    for parent_name, parent in list(model.named_modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            behind = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+            if not behind or conv.out_channels != norm.num_features or not where(f"{parent_name}.{name}".lstrip(".")):
+                continue
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            setattr(parent, norm_name, nn.Identity())
 
 
 def untie(model: nn.Module) -> None:

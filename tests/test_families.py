@@ -112,7 +112,7 @@ def test_a_family_goes_the_whole_way_and_every_reader_gets_what_was_trained(name
     with torch.no_grad():
         assert torch.equal(packed.train()(TOKENS, use_cache=False).logits, logits)
     if name == "GPT2":
-        with pytest.raises(ValueError, match="Unknown quantization type, got qat"):
+        with pytest.raises(OSError, match="no file named"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         return
     # Experts are fused again while loading, which dequantizes in the dtype of the scales.

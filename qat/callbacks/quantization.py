@@ -109,7 +109,7 @@ class QuantizationAwareTraining(L.Callback):
             untie(model)
         inserted = insert(model, self.schemes, self.estimator)
         self.calibration.check(model)
-        log.info("%s: %d linear layers quantized", self.schemes.name, len(inserted))
+        log.info("%s: %d layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for name in ("configure_optimizers", "configure_model"):

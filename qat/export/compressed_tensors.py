@@ -4,6 +4,7 @@
     model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
                         int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
                         static activations:    <m>.input_scale (1,)
+                        (qat.safetensors, where a layer is of a kind that the format does not know)
     qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
 
 Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.export.directory import atomic_directory, write_weights
+from qat.export.directory import OWN_WEIGHTS, WEIGHTS, atomic_directory, write_weights
 from qat.export.fold import Folded
 from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
@@ -64,7 +65,8 @@ def write(
     for name, layer in folded.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer_tensors(layer).items()}
     described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
-    if (strange := unheld(model, folded)) is not None:
+    strange = unheld(model, folded)
+    if strange is not None:
         log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only",
                  layers(model)[strange].original.__name__, strange)  # fmt: skip
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
@@ -72,7 +74,7 @@ def write(
         _write_config(partial, model, folded, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_weights(partial, tensors, described, dict(provenance or {}))
+        write_weights(partial, tensors, described, dict(provenance or {}), OWN_WEIGHTS if strange else WEIGHTS)
         if check is not None:
             check(partial)
 
@@ -124,7 +126,7 @@ def refusal(scheme: QuantScheme, dtype: torch.dtype) -> str | None:
 def unheld(model: nn.Module, names: Iterable[str]) -> str | None:
     """The first layer of `names` that compressed-tensors knows no form of; None where it can hold all of them.
 
-    Then the directory has the same tensors, and says `"quant_method": "qat"`, so that nobody else loads it wrongly.
+    Then the directory has the same tensors in a file of another name, and says `"quant_method": "qat"`: for qat alone.
     """
     return next((name for name in names if not isinstance(model.get_submodule(name), nn.Linear)), None)
 

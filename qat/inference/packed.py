@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from qat.functional import scale_dtype
 from qat.kernels import packed_linear
-from qat.nn import LAYERS
 from qat.packing import words_of
 from qat.scheme import QuantScheme
 
@@ -102,10 +101,3 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
-
-
-def packed_layer(layer: Any, scheme: QuantScheme, dtype: torch.dtype) -> nn.Module:
-    """What takes the place of the float `layer`, its tensors allocated and not filled; `dtype` is its bias's."""
-    kind = next(LAYERS[cls] for cls in type(layer).__mro__ if cls in LAYERS)
-    rows, columns = kind.as_matrix(layer.weight).shape
-    return PackedLinear(columns, rows, scheme, layer.bias is not None, dtype)
