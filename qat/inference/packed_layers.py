@@ -18,10 +18,10 @@ class _Packed(nn.Module):
 
     packed: Tensor
     scale: Tensor
-    input_scale: Tensor | None = None
+    input_scale: Tensor | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "_Packed":
-        before = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        before = {name: self._buffers.get(name) for name in ("scale", "input_scale")}
         super()._apply(fn, recurse)
         for name, scale in before.items():
             if scale is not None and getattr(self, name).dtype != scale.dtype:
