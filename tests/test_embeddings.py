@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat.calibration import CALIBRATIONS
-from qat.config import CONF
+from qat.config import CONF, check_overrides, register_recipes
 from qat.estimators import STE, FakeQuantize
 from qat.export import export, record
 from qat.fake_quantizer import Stage
@@ -126,6 +126,8 @@ def test_what_names_no_scheme_is_refused(name):
 
 def test_the_command_line_chooses_kinds_and_overrides_layers():
     words = ["quant.ignore=[]", "quant.kinds=[linear,embedding]", "+quant.overrides={*.layers.0.*:w8a16-channel}"]
+    register_recipes()
+    check_overrides(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         schemes = instantiate(compose("config", overrides=words).quant)
     assert schemes.scheme_of("lm_head") == schemes.scheme_of("model.layers.1.mlp.up_proj")
