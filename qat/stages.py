@@ -130,6 +130,8 @@ class Run:
             quantized = quantization.quantized(task)
             self._check_export(plan(quantized, self.schemes), model)
             quantization.calibration.check(quantized)
+        start = self.cfg.callbacks.quantization.start_step
+        instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.data.seq_len > limit:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
@@ -209,7 +211,7 @@ class Run:
     def _train(self, task: L.LightningModule) -> None:
         last = self.out / "checkpoints" / "last.ckpt"
         self.history = TrainHistory()
-        callbacks: list[L.Callback] = [self.history]
+        callbacks: list[L.Callback] = [self.history, instantiate(self.cfg.objective)]
         if self.schemes.quantizes:
             callbacks += self._quantizing()
         logger = instantiate(self.cfg.logger)
@@ -309,6 +311,7 @@ class Run:
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
+            "objective": choices["objective"],
             "steps": steps,
             "tokens": steps * batch,
             "export_dir": str(self.exported_to),

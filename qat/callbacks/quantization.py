@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qat.calibration import Calibration, RangeCalibration
-from qat.callbacks.batches import forward_batch, muted
+from qat.callbacks.batches import after, forward_batch, muted
 from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
@@ -85,7 +85,7 @@ class QuantizationAwareTraining(L.Callback):
         if any(isinstance(m, nn.Linear) for m in pl_module.modules()) or not built_later:
             self._insert(pl_module)
         else:
-            _after(pl_module, "configure_model", lambda _: self._insert(pl_module))
+            after(pl_module, "configure_model", lambda _: self._insert(pl_module))
         if stage != "fit":  # validating or testing a checkpoint needs the quantizers, and no optimizer
             return
         original = pl_module.configure_optimizers
@@ -186,16 +186,3 @@ class QuantizationAwareTraining(L.Callback):
                     self.forward(pl_module, to_device(batch, pl_module))
         finally:
             pl_module.train(training)
-
-
-def _after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
-    """Make the method `name` of the object `owner` call `then` with its result before returning it."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        then(result)
-        return result
-
-    setattr(owner, name, wrapped)

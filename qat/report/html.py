@@ -95,7 +95,7 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
         height = 0.6 + 0.19 * min(drawn, LAYERS_DRAWN)
         plots.append(("layers", "Relative error of the dequantized weights", _draw_layers, height))
     if any(row["loss"] is not None for row in summary["train_history"]):
-        plots.append(("train", "Loss of the training batches, nats per token", _draw_train, 3.1))
+        plots.append(("train", "What training minimised, nats per token", _draw_train, 3.1))
     if shrinkage(summary):
         plots.append(("bytes", "Size", _draw_bytes, 1.3))
     return [_plot(name, title, draw, height, summary) for name, title, draw, height in plots]
