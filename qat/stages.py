@@ -23,7 +23,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
+from qat.callbacks import Export, LoRA, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -110,14 +110,14 @@ class Run:
 
     # -- load ---------------------------------------------------------------------------------------
 
-    def _task(self) -> L.LightningModule:
-        """A fresh LightningModule around the float model; equal every time it is called."""
+    def _task(self, **optim: Any) -> L.LightningModule:
+        """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
         if self.schemes.quantizes and self.cfg.callbacks.quantization.untie:
             untie(model)  # here, so that the control is trained as QAT is
         self.data.tokenizer = self.tokenizer = tokenizer
-        return instantiate(self.cfg.task, model=model, **self.cfg.optim)
+        return instantiate(self.cfg.task, model=model, **{**self.cfg.optim, **optim})
 
     def _check(self, task: L.LightningModule) -> None:
         """Whatever can be refused is refused here, before anything long."""
@@ -130,6 +130,9 @@ class Run:
             quantized = quantization.quantized(task)
             self._check_export(plan(quantized, self.schemes), model)
             quantization.calibration.check(quantized)
+            self._trainable().check(quantized, plan(quantized, self.schemes))
+        elif self.cfg.trainable.r:
+            raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -148,6 +151,10 @@ class Run:
 
     def _quantization(self) -> QuantizationAwareTraining:
         return instantiate(self.cfg.callbacks.quantization, calibration_folder=self._calibration_folder)
+
+    def _trainable(self) -> LoRA:
+        folder = self.out / "adapter"
+        return instantiate(self.cfg.trainable, folder=None if folder.exists() else folder, base=self.cfg.model.name)
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -174,6 +181,7 @@ class Run:
     # -- control ------------------------------------------------------------------------------------
 
     def _train_control(self) -> None:
+        lr = self.cfg.optim.lr if self.cfg.control_lr is None else self.cfg.control_lr
         trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
         shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
         settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}
@@ -183,7 +191,7 @@ class Run:
             architecture=self.architecture,
             batches=self.data.digest,
             task=OmegaConf.to_container(self.cfg.task, resolve=True),
-            optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
+            optim={**self.cfg.optim, "lr": lr},
             trainer=settings,
             seed=self.cfg.seed,
             versions=[__version__, torch.__version__],
@@ -194,7 +202,7 @@ class Run:
         log.info("training the float control (kept in %s)", self.control_at)
         train_control(
             self.control_at,
-            self._task(),
+            self._task(lr=lr),
             self.data,
             lambda checkpoints: self._trainer(checkpoints, [], logger=False, limit_val_batches=0),
         )
@@ -224,8 +232,8 @@ class Run:
             write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
             return
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
-            self.recovery.on_train_end(self.trainer, task)
-            self.export.on_train_end(self.trainer, task)
+            for callback in callbacks:
+                callback.on_train_end(self.trainer, task)
         assert self.export.exported is not None
         self.exported_to = self.export.exported.directory
 
@@ -237,7 +245,7 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self.recovery, self.export]
+        return [quantization, self._trainable(), self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""

@@ -23,6 +23,7 @@ from qat.export.fold import Folded
 from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
 from qat.insertion import layers
+from qat.nn import ADDED
 from qat.packing import pack
 from qat.scheme import QuantScheme, QuantSpec
 
@@ -179,10 +180,10 @@ def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
 def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that is not quantized, a tied tensor once, by the first of its names."""
     left_out = {f"{name}.weight" for name in folded}
-    quantizers = tuple(f"{name}.{q}." for name in layers(model) for q in ("weight_quantizer", "input_quantizer"))
+    folded_in = tuple(f"{name}.{part}" for name in layers(model) for part in ADDED)
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in left_out or name.startswith(quantizers) or id(tensor) in seen:
+        if name in left_out or name.startswith(folded_in) or id(tensor) in seen:
             continue
         seen.add(id(tensor))
         stored = dtype if tensor.is_floating_point() else tensor.dtype
