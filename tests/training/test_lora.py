@@ -116,6 +116,17 @@ def test_an_adapter_that_is_saved_alone_comes_back_to_the_same_bits(llama, tmp_p
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 8
 
 
+def test_peft_reads_the_adapter_and_merges_it_to_the_same_sum(llama, tiny_llama, tmp_path):
+    from peft import PeftModel
+
+    model = learned(llama(["q_proj", "down_proj"]))
+    save_adapter(model, tmp_path, "tiny")
+    merged = PeftModel.from_pretrained(tiny_llama(), tmp_path).merge_and_unload()
+    for name, layer in layers(model).items():
+        # one float32 rounding: peft adds a product that was rounded before
+        torch.testing.assert_close(merged.get_submodule(name).weight, layer.adapted, rtol=1e-6, atol=1e-7)
+
+
 def test_a_merged_adapter_and_a_removed_one_leave_the_sum(llama):
     model = learned(llama())
     sums = {name: layer.adapted.detach().clone() for name, layer in layers(model).items()}
