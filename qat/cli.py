@@ -289,12 +289,15 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
     """One row a packed layer: name, scheme, shape, bytes, float_bytes (at 16 bits), scale_range, error."""
     from qat.functional import dequantize
     from qat.inference import PackedLinear
+    from qat.inference.packed_layers import PackedConv2d, PackedEmbedding
     from qat.packing import unpack
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    seen = set()  # the table of a tied pair counts once
     for name, layer in model.named_modules():
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, (PackedLinear, PackedEmbedding, PackedConv2d)) or id(layer.packed) in seen:
             continue
+        seen.add(id(layer.packed))
         row = {
             "name": name,
             "scheme": str(layer.scheme),

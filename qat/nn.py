@@ -11,6 +11,7 @@ A linear layer may have a low-rank adapter (arXiv 2106.09685).  It is added to t
 fq(W + scaling * B A), and so is in the codes that are exported: nothing is merged, or rounded again, afterwards.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qat.estimators import Estimator
+from qat.estimators import Estimator, FakeQuantize
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import dequantize, quantize
 from qat.scheme import Kind, QuantScheme
@@ -60,7 +61,9 @@ class _QuantizedProduct(torch.autograd.Function):
         saved = (weight,) if a is None else (base, a, b)
         ctx.save_for_backward(x, scale, *saved)
         ctx.quantizer, ctx.has_bias, ctx.scaling = quantizer, bias is not None, scaling
-        return F.linear(x, dequantize(codes, scale).to(dtype), None if bias is None else bias.to(dtype))
+        # In the order of the artifact, which a transposed weight is not: products then sum as they will there.
+        quantized = dequantize(codes, scale).to(dtype).contiguous()
+        return F.linear(x, quantized, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -94,10 +97,6 @@ class _QuantizedProduct(torch.autograd.Function):
         )
 
 
-ADDED = ("weight_quantizer.", "input_quantizer.", "lora_A", "lora_B")
-"""How the names of what a quantized layer adds to the state of the float layer start."""
-
-
 class FakeQuantLayer(nn.Module):
     """What quantized layers of every kind have; made from a float layer by `insert`, which changes its class in place.
 
@@ -111,8 +110,8 @@ class FakeQuantLayer(nn.Module):
     kind: ClassVar[Kind] = "linear"
     multiplies: ClassVar[bool] = True
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # a parameter, and bias one or None: as the float layer declares them
+    bias: Any
     scheme: QuantScheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
@@ -202,6 +201,11 @@ class FakeQuantLayer(nn.Module):
         """The weight's and, where there is one, the input's."""
         return [q for q in (self.weight_quantizer, self.input_quantizer) if q is not None]
 
+    def added(self) -> list[Tensor]:
+        """Parameters and buffers that the float layer did not have."""
+        state = [t for quantizer in self.quantizers for t in quantizer.state_dict(keep_vars=True).values()]
+        return state + [part for part in (self.lora_A, self.lora_B) if part is not None]
+
     def rows(self, input: Tensor) -> Tensor:
         """An input as the rows (..., in) that the matrix multiplies."""
         return input
@@ -235,7 +239,72 @@ class FakeQuantConv1D(FakeQuantLayer, Conv1D):
         return weight.T
 
 
+class FakeQuantEmbedding(FakeQuantLayer, nn.Embedding):
+    """An embedding of quantized rows; an output layer tied to it has its weight and its quantizer too.
+
+    Only the rows that are looked up are quantized, each by itself, as the whole table would be.
+    """
+
+    original = nn.Embedding
+    kind = "embedding"
+    multiplies = False
+    bias = None
+
+    @classmethod
+    def fitted(cls, scheme: QuantScheme) -> QuantScheme:
+        return replace(scheme, input=None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) indices -> (..., dim)."""
+        rows, quantizer = super(FakeQuantLayer, self).forward(input), self.weight_quantizer
+        if not quantizer.active:
+            return rows
+        assert quantizer.scale is not None
+        scale = quantizer.weight_scale(self.weight)
+        if quantizer.recorder is not None:
+            quantizer.recorder(quantize(self.weight, scale, quantizer.spec), scale, self.weight)
+        stored, scale = (F.embedding(input, s.expand(len(self.weight), -1)) for s in (quantizer.scale, scale))
+        return FakeQuantize.apply(rows, stored, scale, quantizer.spec, quantizer.estimator)
+
+
+class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
+    """A convolution; a row of its matrix (out, in / groups * height * width) makes one output channel.
+
+    What rules call a token of its input is an image.
+    """
+
+    original = nn.Conv2d
+    kind = "conv"
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def rows(self, input: Tensor) -> Tensor:
+        """Patches (batch, positions, in * height * width) of images (batch, in, rows, columns)."""
+        if self.groups != 1:
+            raise ValueError(
+                f"{self}: no one matrix multiplies the inputs of a grouped convolution; calibrate by ranges without "
+                "importance (calibration=mse)"
+            )
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode)
+        return F.unfold(padded, self.kernel_size, self.dilation, stride=self.stride).transpose(1, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, in, rows, columns) -> (batch, out, rows, columns)."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input.flatten(-3)).view_as(input)
+        quantizer, weight = self.weight_quantizer, self.weight
+        if quantizer.active:
+            scale = quantizer.weight_scale(self.matrix)
+            if quantizer.recorder is not None:
+                quantizer.recorder(quantize(self.matrix, scale, quantizer.spec), scale, self.matrix)
+            weight = FakeQuantize.apply(self.matrix, quantizer.scale, scale, quantizer.spec, quantizer.estimator)
+        return self._conv_forward(input, weight.view_as(self.weight), self.bias)
+
+
 LAYERS: dict[type[nn.Module], type[FakeQuantLayer]] = {
-    layer.original: layer for layer in (FakeQuantLinear, FakeQuantConv1D)
+    layer.original: layer for layer in (FakeQuantLinear, FakeQuantConv1D, FakeQuantEmbedding, FakeQuantConv2d)
 }
 """The quantized layer for each class of float layers; a subclass of those is somebody else's, and stays float."""

@@ -39,13 +39,14 @@ from qat.export import write_float
 from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import plan, set_stage, untie
+from qat.insertion import plan, prepare, set_stage
 from qat.report.build import build_summary, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
 from qat.resume import check_resume
 from qat.scheme import QuantScheme
+from qat.structure import untie
 
 log = logging.getLogger("qat")
 
@@ -114,8 +115,10 @@ class Run:
         """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
-        if self.schemes.quantizes and self.cfg.callbacks.quantization.untie:
-            untie(model)  # here, so that the control is trained as QAT is
+        if self.schemes.quantizes:  # here, so that the control is trained as QAT is
+            prepare(model, self.schemes)
+            if self.cfg.callbacks.quantization.untie:
+                untie(model)
         self.data.tokenizer = self.tokenizer = tokenizer
         return instantiate(self.cfg.task, model=model, **{**self.cfg.optim, **optim})
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qat.calibration.blocks import Run, stream
 from qat.calibration.method import check_layers, described, write_back
-from qat.calibration.ranges import RangeCalibration
+from qat.calibration.ranges import RangeCalibration, set_tables
 from qat.fake_quantizer import Stage, unmasked
 from qat.functional import dequantize, quantize
 from qat.insertion import layers, set_stage
@@ -40,6 +40,8 @@ class GPTQ:
     """Weights on the grid with the smallest error of each layer's output, block by block.
 
     A calibration (see `qat.calibration`).  Afterwards every quantized weight is on its grid: fq(w) == w bit for bit.
+
+    An embedding's inputs are one-hot, so its H is diagonal: it is rounded to nearest, which is all there is to do.
 
     Attributes:
         name: what tables call it.
@@ -98,7 +100,8 @@ class GPTQ:
 
     def _treat(self, module: nn.Module, run: Run) -> None:
         """Quantize the layers of one module, in the order in which it calls them."""
-        pending = layers(module)
+        pending = {name: layer for name, layer in layers(module).items() if layer.multiplies}
+        set_tables(module, self.ranges)
         while pending:
             for layer in pending.values():
                 self.ranges.observe(layer)

@@ -44,7 +44,7 @@ class Calibration(Protocol):
 
 
 def check_layers(method: str, model: nn.Module) -> None:
-    """Refuse quantizers that are in no linear layer.
+    """Refuse quantizers that are in no layer of qat's.
 
     Raises:
         ValueError: names the layer and its type.
@@ -53,8 +53,8 @@ def check_layers(method: str, model: nn.Module) -> None:
         owned = any(isinstance(child, FakeQuantizer) for child in module.children())
         if owned and not isinstance(module, FakeQuantLayer):
             raise ValueError(
-                f"calibration {method} treats linear layers, and {name} is a {type(module).__name__}: leave it in "
-                "float (a rule with null), or calibrate by ranges (calibration=mse)"
+                f"calibration {method} treats the layers of qat.nn, and {name} is a {type(module).__name__}: leave it "
+                "in float (a rule with null), or calibrate by ranges (calibration=mse)"
             )
 
 

@@ -105,12 +105,13 @@ class RangeCalibration:
         """Set the scales of one layer after its inputs were observed; its stage is FLOAT afterwards.
 
         Args:
-            moment: (in,), sums of squares of its inputs, float32; needed where `importance` is above 0.
+            moment: (in,), sums of squares of its inputs, float32; needed where `importance` is above 0 and inputs
+                multiply the weight (rows of an embedding are searched by their plain squared error).
 
         Raises:
             ValueError: NaN, or no usable token.
         """
-        if self.importance and moment is None:
+        if self.importance and moment is None and layer.multiplies:
             raise ValueError("no value was observed: the calibration data has no usable token, or never reaches it")
         if moment is not None and not torch.isfinite(moment).all():
             raise ValueError("NaN or infinite values were observed in its input")
@@ -141,6 +142,16 @@ class RangeCalibration:
         return torch.cat(scales)
 
 
+def set_tables(model: nn.Module, ranges: RangeCalibration) -> None:
+    """Set the scales of the layers whose inputs do not multiply their weights: embeddings."""
+    for name, layer in layers(model).items():
+        if not layer.multiplies:
+            try:
+                ranges.set_layer(layer, None)
+            except ValueError as error:
+                raise ValueError(f"calibration {ranges.name}, layer {name}: {error}") from error
+
+
 def _input_quantizers(model: nn.Module) -> list[FakeQuantizer]:
     return [layer.input_quantizer for layer in layers(model).values() if layer.input_quantizer is not None]
 
@@ -161,7 +172,9 @@ def _input_moments(model: nn.Module, moments: dict[str, Tensor]) -> Iterator[Non
             moments[name] = moments[name] + square if name in moments else square
 
     hooks = [
-        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers(model).items()
+        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
+        for name, layer in layers(model).items()
+        if layer.multiplies
     ]
     try:
         yield

@@ -22,8 +22,9 @@ from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import SCALE_FLOOR, away_from_zero
-from qat.insertion import insert, layers, quantizers, set_stage, untie
+from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import SchemeMap
+from qat.structure import untie
 from qat.training import scale_parameters
 
 log = logging.getLogger(__name__)
@@ -103,11 +104,12 @@ class QuantizationAwareTraining(L.Callback):
         model = self.quantized(pl_module)
         if layers(model):
             return  # the user's configure_model, or an earlier fit, has inserted
+        prepare(model, self.schemes)
         if self.untie:
             untie(model)
         inserted = insert(model, self.schemes, self.estimator)
         self.calibration.check(model)
-        log.info("%s: %d linear layers quantized", self.schemes.name, len(inserted))
+        log.info("%s: %d layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for name in ("configure_optimizers", "configure_model"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
+from qat.structure import owners
 from qat.training.parameters import scale_parameters
 
 CONFIG, WEIGHTS, SCALES = "adapter_config.json", "adapter_model.safetensors", "scales.safetensors"
@@ -63,8 +64,9 @@ def _ends(name: str, target: str) -> bool:
 
 
 def linear_layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
-    """The quantized layers of `model` that can have an adapter, by dotted name."""
-    return {name: layer for name, layer in layers(model).items() if layer.kind == "linear"}
+    """The quantized layers of `model` that can have an adapter, by dotted name: linear, and tied to no other."""
+    found = {name: layer for name, layer in layers(model).items() if layer.kind == "linear"}
+    return {name: layer for name, layer in found.items() if len(owners(model, layer.weight)) == 1}
 
 
 def add_adapters(
