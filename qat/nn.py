@@ -6,6 +6,9 @@ that the rest of qat knows of them.
 
 The product of a linear layer is one autograd function that saves what `nn.Linear` saves (input and weight) and
 quantizes the weight a second time in backward, so that training needs no second copy of the weights.
+
+A linear layer may have a low-rank adapter (arXiv 2106.09685).  It is added to the weight before quantization,
+fq(W + scaling * B A), and so is in the codes that are exported: nothing is merged, or rounded again, afterwards.
 """
 
 from dataclasses import replace
@@ -22,11 +25,32 @@ from qat.functional import dequantize, quantize
 from qat.scheme import Kind, QuantScheme
 
 
+def adapted(weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+    """weight + scaling * b @ a, computed in float32: the one place that adds an adapter.
+
+    Args:
+        weight: (out, in), floating.
+        a, b: (rank, in) and (out, rank), floating; None for no adapter.
+        scaling: alpha / rank.
+
+    Returns:
+        (out, in), the weight's dtype; the weight itself where there is no adapter.
+    """
+    if a is None or b is None:
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):  # the fold adds without autocast
+        return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
+
+
 class _QuantizedProduct(torch.autograd.Function):
-    """x @ fq(weight).T + bias."""
+    """x @ fq(weight + scaling * b @ a).T + bias."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stored: Tensor, bias: Tensor | None, quantizer: FakeQuantizer):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, stored: Tensor, bias: Tensor | None, quantizer: FakeQuantizer,
+        a: Tensor | None, b: Tensor | None, scaling: float,
+    ):  # fmt: skip
+        base, weight = weight, adapted(weight, a, b, scaling)
         scale = quantizer.weight_scale(weight)
         codes = quantize(weight, scale, quantizer.spec)
         if quantizer.recorder is not None:
@@ -34,28 +58,43 @@ class _QuantizedProduct(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.quantizer, ctx.has_bias = quantizer, bias is not None
+        saved = (weight,) if a is None else (base, a, b)
+        ctx.save_for_backward(x, scale, *saved)
+        ctx.quantizer, ctx.has_bias, ctx.scaling = quantizer, bias is not None, scaling
         # In the order of the artifact, which a transposed weight is not: products then sum as they will there.
         quantized = dequantize(codes, scale).to(dtype).contiguous()
         return F.linear(x, quantized, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, scale = ctx.saved_tensors
-        quantizer = ctx.quantizer
+        x, scale, base, *adapter = ctx.saved_tensors
+        a, b = adapter if adapter else (None, None)
+        weight, quantizer = adapted(base, a, b, ctx.scaling), ctx.quantizer
         spec, flat = quantizer.spec, grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_scale = grad_bias = None
+        grad_x = grad_weight = grad_scale = grad_bias = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dequantize(quantize(weight, scale, spec), scale).to(grad.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if any(ctx.needs_input_grad[i] for i in (1, 2, 5)):
             grad_quantized = (flat.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             grad_weight, grad_scale = quantizer.estimator.backward(
                 grad_quantized, weight, scale, spec, ctx.needs_input_grad[2]
             )
+        if a is not None and b is not None and ctx.needs_input_grad[5]:
+            assert grad_weight is not None
+            through = ctx.scaling * grad_weight.to(a.dtype)
+            grad_a, grad_b = b.T @ through, through @ a.T
         if ctx.has_bias and ctx.needs_input_grad[3]:
             grad_bias = flat.sum(0)
-        return grad_x, grad_weight, grad_scale, grad_bias, None
+        return (
+            grad_x,
+            grad_weight if ctx.needs_input_grad[1] else None,
+            grad_scale,
+            grad_bias,
+            None,
+            grad_a,
+            grad_b,
+            None,
+        )
 
 
 class FakeQuantLayer(nn.Module):
@@ -76,6 +115,9 @@ class FakeQuantLayer(nn.Module):
     scheme: QuantScheme
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
+    lora_A: nn.Parameter | None  # peft's names
+    lora_B: nn.Parameter | None
+    scaling: float
 
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
@@ -111,11 +153,13 @@ class FakeQuantLayer(nn.Module):
         new.__class__ = cls
         new.scheme = scheme
         new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
+        new.lora_A, new.lora_B, new.scaling = None, None, 0.0
         return new
 
     def release(self) -> nn.Module:
         """Turn this layer back into the float layer it was, in place, with the weights it has now."""
-        del self.weight_quantizer, self.input_quantizer, self.scheme
+        self.merge()
+        del self.weight_quantizer, self.input_quantizer, self.scheme, self.lora_A, self.lora_B, self.scaling
         self.__class__ = self.original  # type: ignore[assignment]
         return self
 
@@ -125,9 +169,42 @@ class FakeQuantLayer(nn.Module):
         return self.as_matrix(self.weight)
 
     @property
+    def adapted(self) -> Tensor:
+        """What is quantized, (out, in): the matrix, with the adapter where there is one."""
+        return adapted(self.matrix, self.lora_A, self.lora_B, self.scaling)
+
+    def adapt(self, rank: int, scaling: float) -> None:
+        """Add a low-rank adapter of `rank`; the layer's function does not change until it learns (B is 0).
+
+        Raises:
+            ValueError: a layer that does not multiply, or has an adapter already.
+        """
+        if not self.multiplies or self.kind != "linear":
+            raise ValueError(f"a {self.kind} layer cannot have an adapter: only linear layers can")
+        if self.lora_A is not None:
+            raise ValueError("the layer has an adapter already")
+        rows, columns = self.matrix.shape
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, columns))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.scaling = scaling
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write the adapter into the weight and set B to 0: what is quantized stays the same, bit for bit."""
+        if self.lora_B is not None:
+            self.matrix.copy_(self.adapted)
+            self.lora_B.zero_()
+
+    @property
     def quantizers(self) -> list[FakeQuantizer]:
         """The weight's and, where there is one, the input's."""
         return [q for q in (self.weight_quantizer, self.input_quantizer) if q is not None]
+
+    def added(self) -> list[Tensor]:
+        """Parameters and buffers that the float layer did not have."""
+        state = [t for quantizer in self.quantizers for t in quantizer.state_dict(keep_vars=True).values()]
+        return state + [part for part in (self.lora_A, self.lora_B) if part is not None]
 
     def rows(self, input: Tensor) -> Tensor:
         """An input as the rows (..., in) that the matrix multiplies."""
@@ -139,8 +216,11 @@ class FakeQuantLayer(nn.Module):
             input = self.input_quantizer(input)
         quantizer = self.weight_quantizer
         if not quantizer.active:
+            if self.lora_A is not None:
+                return F.linear(self.rows(input), self.adapted, self.bias)
             return super().forward(input)  # of the float layer
-        return _QuantizedProduct.apply(input, self.matrix, quantizer.scale, self.bias, quantizer)
+        adapter = self.lora_A, self.lora_B, self.scaling
+        return _QuantizedProduct.apply(input, self.matrix, quantizer.scale, self.bias, quantizer, *adapter)
 
 
 class FakeQuantLinear(FakeQuantLayer, nn.Linear):

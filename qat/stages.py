@@ -23,7 +23,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
+from qat.callbacks import Export, LoRA, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -133,6 +133,9 @@ class Run:
             quantized = quantization.quantized(task)
             self._check_export(plan(quantized, self.schemes), model)
             quantization.calibration.check(quantized)
+            self._trainable().check(quantized, plan(quantized, self.schemes))
+        elif self.cfg.trainable.r:
+            raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -151,6 +154,10 @@ class Run:
 
     def _quantization(self) -> QuantizationAwareTraining:
         return instantiate(self.cfg.callbacks.quantization, calibration_folder=self._calibration_folder)
+
+    def _trainable(self) -> LoRA:
+        folder = self.out / "adapter"
+        return instantiate(self.cfg.trainable, folder=None if folder.exists() else folder, base=self.cfg.model.name)
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -228,8 +235,8 @@ class Run:
             write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
             return
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
-            self.recovery.on_train_end(self.trainer, task)
-            self.export.on_train_end(self.trainer, task)
+            for callback in callbacks:
+                callback.on_train_end(self.trainer, task)
         assert self.export.exported is not None
         self.exported_to = self.export.exported.directory
 
@@ -241,7 +248,7 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self.recovery, self.export]
+        return [quantization, self._trainable(), self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""

@@ -156,7 +156,7 @@ class QuantizationAwareTraining(L.Callback):
     def _settle(pl_module: nn.Module) -> None:
         """Store the scales that the last forward used: an estimator may follow the weights instead."""
         for layer in layers(pl_module).values():
-            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.matrix.detach()))
+            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.adapted.detach()))
 
     # -- calibration --------------------------------------------------------------------------------
 
@@ -166,6 +166,8 @@ class QuantizationAwareTraining(L.Callback):
         """Set all scales, and weights where the calibration does, from the weights as they are and from data."""
         chosen = calibration if calibration is not None else self.calibration
         model = self.quantized(pl_module)
+        for layer in layers(model).values():
+            layer.merge()
         chosen(model, lambda: self._run(trainer, pl_module), self.calibration_folder)
 
     @torch.no_grad()
@@ -188,3 +190,15 @@ class QuantizationAwareTraining(L.Callback):
                     self.forward(pl_module, to_device(batch, pl_module))
         finally:
             pl_module.train(training)
+
+
+def quantization_of(trainer: L.Trainer, wanted_by: str) -> QuantizationAwareTraining:
+    """The callback of `trainer` that quantizes.
+
+    Raises:
+        ValueError: there is none; names the callback that wants it.
+    """
+    found = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+    if not found:
+        raise ValueError(f"{wanted_by} needs a QuantizationAwareTraining callback before it in the trainer's callbacks")
+    return found[0]

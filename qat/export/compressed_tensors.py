@@ -24,7 +24,7 @@ from qat.export.directory import OWN_WEIGHTS, WEIGHTS, atomic_directory, write_w
 from qat.export.fold import Folded
 from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
-from qat.insertion import layers, quantizers
+from qat.insertion import layers
 from qat.packing import pack
 from qat.scheme import QuantScheme, QuantSpec
 
@@ -195,7 +195,7 @@ def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
 def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that is not quantized, a tied tensor once, by the first of its names."""
     seen = {id(layer.weight) for name, layer in layers(model).items() if name in folded}
-    seen |= {id(tensor) for q in quantizers(model) for tensor in q.state_dict(keep_vars=True).values()}
+    seen |= {id(tensor) for layer in layers(model).values() for tensor in layer.added()}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:

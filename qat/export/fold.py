@@ -94,7 +94,7 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
     Raises:
         ValueError: a weight or a scale is NaN or infinite.
     """
-    weight, quantizer = layer.matrix.detach().to(weight_dtype), layer.weight_quantizer
+    weight, quantizer = layer.adapted.detach().to(weight_dtype), layer.weight_quantizer
     scale, input_scale = quantizer.weight_scale(weight), _input_scale(layer.input_quantizer)
     # The scale before rounding too: -inf, which training diverged to, is stored as the smallest scale.
     for what, tensor in (
