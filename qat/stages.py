@@ -74,10 +74,10 @@ class Run:
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
             self.schemes = instantiate(self.cfg.quant)
+            if self._post_training and not self.schemes.quantizes:
+                raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
             task = self._task()
             self._check(task)
-        if self._post_training and not self.schemes.quantizes:
-            raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
         if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()

@@ -90,7 +90,14 @@ def test_a_sweep_trains_the_control_once_for_each_seed(job, monkeypatch, tmp_pat
 
 def test_without_quantization_the_job_is_plain_training_with_a_float_export(job, monkeypatch, tmp_path):
     _, words = job
-    train(monkeypatch, *words, "quant=none", "export_dtype=bfloat16", f"hydra.run.dir={tmp_path}/run")
+    train(
+        monkeypatch,
+        *words,
+        "quant=none",
+        "objective=next_token",
+        "export_dtype=bfloat16",
+        f"hydra.run.dir={tmp_path}/run",
+    )
     weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
     assert read_summary(tmp_path / "run")["recovery"] is None
@@ -203,6 +210,11 @@ BAD = {
     ),
     "a rotation of tied embeddings": (["calibration=rotation"], "untie it: callbacks.quantization.untie=true"),
     "no steps and no scheme": (["trainer.max_steps=0", "quant=none"], "quant=none quantizes nothing"),
+    "nothing to distill": (["quant=none"], "objective=next_token trains it plainly"),
+    "no such LoRA target": (
+        ["trainable=lora", "trainable.target_modules=[foo]"],
+        "no quantized linear layer is called foo",
+    ),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 

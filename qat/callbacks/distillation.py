@@ -75,7 +75,10 @@ class Distillation(L.Callback):
             return
         own = self.teacher is None
         if own and not quantizes:
-            raise ValueError("nothing is quantized, so the model's own float weights have nothing to teach it")
+            raise ValueError(
+                "nothing is quantized, so the model's own float weights have nothing to teach it: objective=next_token "
+                "trains it plainly"
+            )
         if own and start_step and self.weight == 1:
             raise ValueError(
                 f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
