@@ -196,7 +196,7 @@ BAD = {
     "bad control": (["control=maybe"], "control must be run, cached or none"),
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
-    "a width that the export cannot hold": (["quant.weight.bits=3"], "3-bit weights"),
+    "a width that the export cannot hold": (["quant=w8a8", "quant.input.bits=4"], "4-bit activations"),
     "a group size that does not divide an untied layer": (
         ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
         "group_size 100 does not divide 128",
