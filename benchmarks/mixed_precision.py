@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -97,19 +96,11 @@ def main() -> None:
     model, tokenizer = load("stdlib_llama")
     task, data = CausalLM(model, lr=0.0).eval(), data_of(tokenizer, arguments.test_windows)
     search = WidthSearch(budget_bits=4.125, ignore=["*lm_head"], windows=arguments.windows)
-    groups, start = search.groups(model), time.perf_counter()
-    kept, key = (
-        Path("outputs/mixed_precision/sensitivity.json"),
-        f"{arguments.windows} windows, torch {torch.__version__}",
-    )
+    groups, kept = search.groups(model), Path("outputs/mixed_precision/sensitivity.json")
+    key = f"{arguments.windows} windows, torch {torch.__version__}"
     rows = measure(model, search, list(data.calibration_dataloader()), task, kept, key)["rows"]
-    result: dict = {"torch": torch.__version__, "sensitivity_seconds": round(time.perf_counter() - start, 1)}
-    result |= {
-        "windows": arguments.windows,
-        "rows": rows,
-        "float_loss": quantized_losses(None, data).loss,
-        "models": [],
-    }
+    result: dict = {"torch": torch.__version__, "windows": arguments.windows, "rows": rows, "models": []}
+    result["float_loss"] = quantized_losses(None, data).loss
     measured = functools.cache(lambda widths: quantized_losses(search.mixed(dict(widths)), data))
     sizes, table = {group.name: group.bytes for group in groups}, Table(title="GPTQ g128, test split")
     for column in ("bits a weight", "widths", "KB", "predicted KL", "loss - float", "programme (kl) - this"):

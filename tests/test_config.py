@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat.config as config
+from qat.diagnosis import WidthSearch
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 RECIPES = sorted(config.RECIPES.glob("*.yaml"))
@@ -51,7 +52,7 @@ def test_there_are_recipes_and_options():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_composes_without_an_unknown_key(path):
     config.check_overrides([f"recipe={path.stem}"])
-    assert isinstance(instantiate(composed(f"recipe={path.stem}").quant), SchemeMap)
+    assert isinstance(instantiate(composed(f"recipe={path.stem}").quant), (SchemeMap, WidthSearch))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
