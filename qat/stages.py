@@ -194,7 +194,8 @@ class Run:
         trainer.datamodule = self.data  # type: ignore[attr-defined]
         at = self.out / "sensitivity.json"
         try:
-            self.schemes, self.searched = search_widths(search, task, trainer, self._quantization(), at, self.digest)
+            found = search_widths(search, task, trainer, self._quantization(), at, self.digest, self.cfg.resume)
+            self.schemes, self.searched = found
         except KeyboardInterrupt:
             sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {self._resume_command()}")
 

@@ -141,6 +141,7 @@ def test_widths_that_were_searched_are_exported_within_the_budget(job, monkeypat
     assert chosen["bits"] == 8 * summary["packed_bytes"] / weights  # bytes counted are bytes exported
     table = json.loads((out / "sensitivity.json").read_text())
     assert table["widths"] == widths and len(table["rows"]) == 3 * 4  # widths, groups
+    AutoModelForCausalLM.from_pretrained(out / "export")
     report = (out / "report.html").read_text()
     assert 'id="plot-sensitivity"' in report and 'id="plot-frontier"' in report
 

@@ -1,6 +1,7 @@
 """Choose the width of each layer for a LightningModule, once a run: a resumed one goes on with the first choice."""
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def search_widths(
     quantization: QuantizationAwareTraining,
     path: Path,
     weights: str,
+    keep: bool = False,
 ) -> tuple[SchemeMap, dict[str, Any]]:
     """Measure sensitivities on the calibration split, or read them, and assign widths, or read which were.
 
@@ -37,6 +39,7 @@ def search_widths(
         quantization: knows which part of the module is quantized.
         path: of the table of sensitivities and the assignment, JSON.
         weights: digest of the module's weights.
+        keep: an assignment that is there stands, whatever would be found now: its run has trained with it.
 
     Returns:
         The map, and the facts for the summary: `sensitivity`, `frontier`, `budget_bits` and `predicted`.
@@ -55,13 +58,15 @@ def search_widths(
     model = quantization.quantized(pl_module)
     groups = search.groups(model)
     budget = search.budget(groups)
-    table = measure(model, search, batches, forward, path, _key(search, batches, weights))
+    table = json.loads(path.read_text()) if keep and path.is_file() else {}
+    if "widths" not in table:
+        table = measure(model, search, batches, forward, path, _key(search, batches, weights))
     costs: dict[str, dict[int, float]] = {group.name: {} for group in groups}
     for row in table["rows"]:
         costs[row["name"]][row["bits"]] = row[search.objective]
     sizes = {group.name: group.bytes for group in groups}
     asked = {"budget_bits": search.budget_bits, "objective": search.objective}
-    if table.get("asked") != asked:
+    if "widths" not in table or (table["asked"] != asked and not keep):
         chosen = assign(costs, sizes, budget)
         table |= {"asked": asked, "widths": {name: chosen[group.name] for group in groups for name in group.layers}}
         write_table(table, path)

@@ -36,7 +36,7 @@ class Group:
     """Layers that share one width.
 
     Attributes:
-        name: of the group: its layers' path, and their own names joined by `+`.
+        name: of the group: its layers' path, and their own names joined by `+`; the first one's where paths differ.
         layers: dotted names.
         weights: how many numbers they hold.
         bytes: of their codes and scales, by width.
@@ -148,10 +148,9 @@ class WidthSearch:
     def _group(self, model: nn.Module, names: tuple[str, ...]) -> Group:
         shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]  # type: ignore[union-attr]
         parents = {name.rpartition(".")[0] for name in names}
-        leaves = [name.rpartition(".")[2] for name in names]
-        same = len(parents) == 1 and len(names) > 1
+        rest = [name.rpartition(".")[2] for name in names[1:]]
         return Group(
-            name=f"{parents.pop()}.{'+'.join(leaves)}" if same else " + ".join(names),
+            name="+".join([names[0], *rest]) if len(parents) == 1 else f"{names[0]} and {len(rest)} more",
             layers=names,
             weights=sum(rows * inputs for rows, inputs in shapes),
             bytes={bits: sum(stored_bytes(self.scheme(bits), shape) for shape in shapes) for bits in self.widths},

@@ -10,12 +10,14 @@ from torch.nn import functional as F
 
 import qat.diagnosis.sensitivity as sensitivity
 from qat.calibration import GPTQ, RangeCalibration
-from qat.diagnosis import WidthSearch, measure
+from qat.diagnosis import WidthSearch, assign, measure
 from qat.diagnosis.fisher import fisher_traces
-from qat.fake_quantizer import token_mask
+from qat.export import export, record
+from qat.fake_quantizer import Stage, token_mask
 from qat.functional import fake_quantize
-from qat.insertion import insert, layers
-from qat.scheme import SchemeMap
+from qat.inference import load_packed
+from qat.insertion import insert, layers, set_stage
+from qat.scheme import QuantSpec, SchemeMap
 
 
 def search(**options):
@@ -158,3 +160,28 @@ def test_a_map_of_one_width_is_the_uniform_one(tiny_llama):
     for name, _ in model.named_modules():
         if isinstance(model.get_submodule(name), nn.Linear):
             assert ours.scheme_of(name) == uniform.scheme_of(name)
+
+
+INT8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
+
+
+@pytest.mark.parametrize("inputs", [None, INT8], ids=["a16", "a8"])
+def test_a_mixed_map_is_exported_as_it_was_measured(inputs, batches, tiny_llama, tmp_path):
+    model, chosen = tiny_llama(), search(widths=(2, 3, 8), input=inputs, calibration=RangeCalibration("mse"))
+    groups = chosen.groups(model)
+    costs: dict = {group.name: {} for group in groups}
+    for row in measure(model, chosen, batches, forward_of(model))["rows"]:
+        costs[row["name"]][row["bits"]] = row["kl"]
+    widths = assign(costs, {group.name: group.bytes for group in groups}, chosen.budget(groups))
+    assert len(set(widths.values())) > 1
+    insert(model, chosen.mixed({name: widths[group.name] for group in groups for name in group.layers}))
+    GPTQ()(model, lambda: [forward_of(model)(batch) for batch in batches] and None)
+    set_stage(model, Stage.FROZEN)
+    with record(model) as recorded, torch.no_grad():
+        logits = forward_of(model)(batches[0])
+    artifact = export(model, recorded, tmp_path / "m")
+    assert artifact.packed_bytes == sum(group.bytes[widths[group.name]] for group in groups)
+    assert artifact.packed_bytes <= chosen.budget(groups)
+    packed, _ = load_packed(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(forward_of(packed)(batches[0]), logits)
