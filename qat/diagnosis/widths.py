@@ -146,7 +146,8 @@ class WidthSearch:
         return [*found.values(), *by_user]
 
     def _group(self, model: nn.Module, names: tuple[str, ...]) -> Group:
-        shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]  # type: ignore[union-attr]
+        modules: list[Any] = [model.get_submodule(name) for name in names]
+        shapes = [(module.weight.shape[0], module.weight.shape[1]) for module in modules]
         parents = {name.rpartition(".")[0] for name in names}
         rest = [name.rpartition(".")[2] for name in names[1:]]
         return Group(
