@@ -33,8 +33,9 @@ from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
 from qat.data.windows import IGNORE
 from qat.fake_quantizer import Stage, token_mask
-from qat.insertion import insert, set_stage, untie
+from qat.insertion import insert, set_stage
 from qat.scheme import QuantSpec, uniform
+from qat.structure import untie
 from qat.tasks.models import load
 
 MSE = RangeCalibration("mse")

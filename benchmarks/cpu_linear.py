@@ -25,14 +25,31 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from qat.kernels import build, cpu, packed_linear
-from qat.packing import pack
+from qat.inference import PackedLinear
+from qat.kernels import build, cpu
+from qat.scheme import QuantScheme, QuantSpec
 
 SHAPES = ((2048, 2048), (4096, 14336))  # inputs, outputs
 GROUP = 128
-OURS = ("w4a16", "w4a8", "w8a16", "w8a8")
+INT8_INPUT = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
+INT4, INT8 = QuantSpec(bits=4, granularity="group", group_size=GROUP), QuantSpec(bits=8, granularity="channel")
+SCHEMES = {
+    "w4a16": QuantScheme(weight=INT4),
+    "w4a8": QuantScheme(weight=INT4, input=INT8_INPUT),
+    "w8a16": QuantScheme(weight=INT8),
+    "w8a8": QuantScheme(weight=INT8, input=INT8_INPUT),
+}
 # How many tokens an operator is measured with at most: beyond, a call takes seconds and is far from the fastest.
 MOST_TOKENS = {"int4pack fp32": 1, "int8pack fp32": 1, "int4pack bf16": 16, "int8pack bf16": 16}
+
+
+def layer(scheme: QuantScheme, inputs: int, outputs: int) -> PackedLinear:
+    """A packed layer with random codes, on qat's kernels."""
+    new = PackedLinear(inputs, outputs, scheme)
+    new.packed.random_(-(2**31), 2**31)
+    new.scale.uniform_()
+    new.backend = "cpu"
+    return new
 
 
 def variants(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -40,24 +57,18 @@ def variants(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], t
     torch.manual_seed(0)
     x32 = torch.randn(tokens, inputs)
     x16 = x32.bfloat16()
-    codes4, codes8 = torch.randint(-8, 8, (outputs, inputs)), torch.randint(-128, 128, (outputs, inputs))
     scale4, scale8 = torch.rand(outputs, inputs // GROUP).bfloat16(), torch.rand(outputs, 1).bfloat16()
-    packed4, packed8 = pack(codes4, 4), pack(codes8, 8)
-    tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes4.int() + 8, 1)
+    tiles = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)  # torch's order of some codes
     scale_and_zero = torch.stack([scale4.T, torch.zeros_like(scale4.T)], -1).contiguous()
-    int8 = codes8.to(torch.int8)
+    int8 = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     w32 = torch.randn(outputs, inputs)
     w16 = w32.bfloat16()
-    w4 = partial(packed_linear, x16, packed4, scale4, None, None, 4, GROUP, backend="cpu")
-    w8 = partial(packed_linear, x16, packed8, scale8, None, None, 8, inputs, backend="cpu")
+    ours = {name: partial(layer(scheme, inputs, outputs), x16) for name, scheme in SCHEMES.items()}
     int4pack = torch.ops.aten._weight_int4pack_mm_for_cpu
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "fp32": partial(F.linear, x32, w32),
         "bf16": partial(F.linear, x16, w16),
-        "w4a16": w4,
-        "w4a8": partial(w4, input_bits=8),
-        "w8a16": w8,
-        "w8a8": partial(w8, input_bits=8),
+        **ours,
         "int4pack bf16": partial(int4pack, x16, tiles, GROUP, scale_and_zero),
         "int4pack fp32": partial(int4pack, x32, tiles, GROUP, scale_and_zero.float()),
         "int8pack bf16": partial(torch._weight_int8pack_mm, x16, int8, scale8[:, 0]),

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.calibration import CALIBRATIONS
-from qat.callbacks import QuantizationAwareTraining
+from qat.callbacks import Distillation, QuantizationAwareTraining
 from qat.callbacks.control import weights_digest
 from qat.callbacks.measure import Measure
 from qat.data.documents import python_stdlib
@@ -74,7 +74,7 @@ def train(method: str, group_size: int, lr: float, seed: int, arguments: argpars
         max_steps=arguments.steps,
         max_epochs=1,
         gradient_clip_val=1.0,
-        callbacks=[callback],
+        callbacks=[Distillation(arguments.distillation), callback],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -101,6 +101,9 @@ def main() -> None:
         "--estimator", default="lsq", choices=list(ESTIMATORS),
         help="ste keeps the calibrated scales, follow recomputes absmax every step",
     )  # fmt: skip
+    parser.add_argument(
+        "--distillation", type=float, default=0.0, help="share of KL(float || quantized) in the loss, for both methods"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 32])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/recovery.json"))
@@ -118,7 +121,8 @@ def main() -> None:
         tuned = (
             f" {arguments.estimator} scale_lr={arguments.scale_lr:g} {arguments.calibration}" if method == "qat" else ""
         )
-        key = f"{method} g{group} lr={lr:g} seed={seed} steps={arguments.steps}{tuned}"
+        taught = f" distillation={arguments.distillation:g}" if arguments.distillation else ""
+        key = f"{method} g{group} lr={lr:g} seed={seed} steps={arguments.steps}{tuned}{taught}"
         if key not in state["runs"]:
             state["runs"][key] = train(method, group, lr, seed, arguments)
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,8 @@ def main() -> None:
         console.print(f"{key}: validation {loss['validation']:.5f}, test {loss['test']:.5f}")
         return state["runs"][key]
 
-    table = Table(title=f"w4a16, {arguments.steps} steps, lr from {arguments.lr}, test split")
+    objective = f", distillation {arguments.distillation:g}" if arguments.distillation else ""
+    table = Table(title=f"w4a16, {arguments.steps} steps{objective}, lr from {arguments.lr}, test split")
     for column in ("group", "seed", "lr qat", "lr torchao", "qat", "torchao", "qat - torchao, millinats", "95 %"):
         table.add_column(column, justify="right")
     gaps: dict[int, list[float]] = {}

@@ -1,5 +1,8 @@
 """What training through the quantizer costs: step time and peak memory against plain fine-tuning and torchao's QAT.
 
+`distilled` is `qat` whose loss is the divergence from the frozen float model instead of the next token's; its memory
+counts the teacher.
+
     python benchmarks/train_step.py                      # embedded model, 4,096 tokens a step
     python benchmarks/train_step.py --rounds 3 --group-size 32
 
@@ -10,6 +13,7 @@ system rounds and reuses, varies by 2 %).  torchao is left out where it is not i
 """
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -24,11 +28,13 @@ from rich.table import Table
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-VARIANTS = ("plain", "qat", "torchao")
+from qat.training import divergence
+
+VARIANTS = ("plain", "qat", "torchao", "distilled")
 
 
 def prepare(variant: str, group_size: int, device: str):
-    """A fresh embedded model, prepared for `variant`, and its optimizer."""
+    """A fresh embedded model, prepared for `variant`, its optimizer, and its teacher if it has one."""
     from qat.calibration import CALIBRATIONS
     from qat.fake_quantizer import Stage
     from qat.insertion import insert, set_stage
@@ -43,22 +49,30 @@ def prepare(variant: str, group_size: int, device: str):
 
         weight = IntxFakeQuantizeConfig(torch.int4, group_size=group_size)
         quantize_(model, QATConfig(weight_config=weight, step="prepare"), filter_fn=_not_the_head)
-    if variant == "qat":
+    teacher = copy.deepcopy(model).eval() if variant == "distilled" else None
+    if variant in ("qat", "distilled"):
         spec = QuantSpec(bits=4, granularity="group", group_size=group_size)
         insert(model, uniform(spec, ignore=("*lm_head",)))
         CALIBRATIONS["absmax"](model, lambda: None)
         set_stage(model, Stage.TRAIN)
     groups = parameter_groups(model, lr=1e-4, scale_lr=1e-5)
-    return model, torch.optim.AdamW(groups, fused=True)
+    return model, torch.optim.AdamW(groups, fused=True), teacher
 
 
 def _not_the_head(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
 
 
-def step(model, optimizer, batch: torch.Tensor) -> None:
+def step(model, optimizer, teacher, batch: torch.Tensor) -> None:
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    if teacher is None:
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    else:
+        with torch.no_grad():
+            target = teacher(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = divergence(logits, target)
+        del target
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -86,23 +100,24 @@ def times(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[
 
 def peak_memory(variant: str, arguments: argparse.Namespace) -> int:
     """Bytes that torch's allocator held above the loaded model at the worst moment of two steps."""
-    model, optimizer = prepare(variant, arguments.group_size, arguments.device)
+    prepared = prepare(variant, arguments.group_size, arguments.device)
+    taught = sum(p.nbytes for p in prepared[2].parameters()) if prepared[2] is not None else 0
     data = batches(2, arguments.tokens, arguments.device)
     if arguments.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for batch in data:
-            step(model, optimizer, batch)
-        return torch.cuda.max_memory_allocated() - before
+            step(*prepared, batch)
+        return torch.cuda.max_memory_allocated() - before + taught
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         for batch in data:
-            step(model, optimizer, batch)
+            step(*prepared, batch)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
         events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
     changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(changes))
+    return max(itertools.accumulate(changes)) + taught
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 examples:
   qat train recipe=llama_int4_qat            train through fake quantization, export, report
   qat generate RUN/export "def main("        what the packed model writes
+  qat bench RUN/export --backend cpu         how many tokens a second
   qat compare multirun/                      the runs of a sweep side by side
 
 `qat COMMAND --help` explains each command.""",
@@ -56,6 +57,7 @@ examples:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    _add_bench(commands)
     _add_eval(commands)
     _add_inspect(commands)
     _add_compare(commands)
@@ -110,9 +112,10 @@ def _add_generate(commands: Any) -> None:
 
 def _add_backend(parser: Any) -> None:
     parser.add_argument(
-        "--backend", choices=("reference", "torch", "cpu", "auto"), default="reference",
+        "--backend", choices=("reference", "torch", "cpu", "cuda", "auto"), default="reference",
         help="what multiplies packed layers: reference computes what training did, cpu (qat's kernels, compiled at "
-        "first use) and torch are faster, auto takes the fastest that works (%(default)s)",
+        "first use) and torch are faster, auto takes the fastest of these that works, cuda needs an NVIDIA GPU, on "
+        "which its kernels have not run yet (%(default)s)",
     )  # fmt: skip
 
 
@@ -144,7 +147,7 @@ def _load(directory: Path, backend: Any) -> tuple[Any, Any]:
     if _is_packed(directory):
         from qat.inference import load_packed
 
-        model, tokenizer = load_packed(directory, backend=backend)
+        model, tokenizer = load_packed(directory, backend=backend, device="cuda" if backend == "cuda" else "cpu")
         if tokenizer is None:
             raise ValueError(f"{directory} has no tokenizer: copy tokenizer.json of the float model into it")
         return model, tokenizer
@@ -163,6 +166,48 @@ def _is_packed(directory: Path) -> bool:
         return "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'} is not JSON ({error}): export the model again") from error
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands, "bench", _bench, "measure the speed and memory of a packed or float model",
+        """Prefill is reading a prompt, which
+multiplies many tokens at once; decode is writing tokens one after the other, which reads every weight for each and
+is what packed weights make faster. A larger batch shares that reading: tokens/s rise, each sequence's do not.
+Prompts are random; medians after a warm-up. Compare figures of one quiet machine only, and the float model's
+folder with the packed one's.""",
+        """\
+  qat bench outputs/RUN/export --backend cpu
+  qat bench outputs/RUN/export --backend cpu --batch 1 8 32 --threads 8
+  qat bench ./float_model""",
+    )  # fmt: skip
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="an exported folder, or a Hugging Face model folder"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences at once (1)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each sequence (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of each sequence (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (torch's choice)")
+    _add_backend(parser)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be positive, got {args.threads}")
+    import torch
+
+    from qat.inference.bench import speed, tensor_bytes
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model, _ = _load(args.directory, args.backend)
+    where = f"{torch.get_num_threads()} threads" if model.device.type == "cpu" else torch.cuda.get_device_name()
+    speeds = [speed(model, batch, args.prompt_tokens, args.new_tokens) for batch in args.batch]
+    print(f"model  {args.directory}, {tensor_bytes(model) / 1e6:.1f} MB, {model.dtype} on {where}")
+    print(f"run    {args.prompt_tokens} prompt tokens and {args.new_tokens} new ones a sequence")
+    print(f"{'batch':>5}  {'prefill tokens/s':>16}  {'decode tokens/s':>15}  {'cache MB':>8}")
+    for s in speeds:
+        print(f"{s.batch:>5}  {s.prefill:>16.1f}  {s.decode:>15.1f}  {s.cache_bytes / 1e6:>8.1f}")
 
 
 def _add_eval(commands: Any) -> None:
@@ -289,12 +334,15 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
     """One row a packed layer: name, scheme, shape, bytes, float_bytes (at 16 bits), scale_range, error."""
     from qat.functional import dequantize
     from qat.inference import PackedLinear
+    from qat.inference.packed_layers import PackedConv2d, PackedEmbedding
     from qat.packing import unpack
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    seen = set()  # the table of a tied pair counts once
     for name, layer in model.named_modules():
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, (PackedLinear, PackedEmbedding, PackedConv2d)) or id(layer.packed) in seen:
             continue
+        seen.add(id(layer.packed))
         row = {
             "name": name,
             "scheme": str(layer.scheme),

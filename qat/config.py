@@ -76,7 +76,7 @@ def _check_job(overrides: list[str]) -> None:
     with_hydra: Any = OmegaConf.to_container(config, resolve=False)
     with_hydra.pop("hydra")
     ours = OmegaConf.create(with_hydra)
-    if missing := [key for key in _dotted(ours) if OmegaConf.is_missing(*_leaf(ours, key))]:
+    if missing := list(_missing(ours)):
         raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=...")
     problems = list(unknown_keys(ours, chosen))
     if problems:
@@ -173,10 +173,12 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _dotted(child, f"{prefix}{key}.")
 
 
-def _leaf(config: DictConfig, dotted: str) -> tuple[Any, str]:
-    """The node that holds a dotted key, and the key's last part; nothing is resolved on the way."""
-    node: Any = config
-    *above, last = dotted.split(".")
-    for part in above:
-        node = node._get_node(part)
-    return node, last
+def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys that must be given; nothing is resolved on the way, and a key may hold dots."""
+    key: Any
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key}"
+        elif isinstance(child, DictConfig) and not child._is_none():
+            yield from _missing(child, f"{prefix}{key}.")

@@ -1,27 +1,46 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
-from torch import Tensor, nn
+from dataclasses import replace
+
+from torch import nn
 
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
-from qat.nn import FakeQuantLinear
+from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, SchemeMap
+from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
 
 
-def layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
-    """The quantized layers of `model` by dotted name, in the order of its modules."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
+    """The quantized layers of `model` by dotted name, in its order; of those that share a table, the first."""
+    found: dict[FakeQuantizer, tuple[str, FakeQuantLayer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLayer):
+            found.setdefault(module.weight_quantizer, (name, module))
+    return dict(found.values())
 
 
 def quantizers(model: nn.Module) -> list[FakeQuantizer]:
     """All fake quantizers of `model`."""
-    return [q for layer in layers(model).values() for q in layer.quantizers]
+    return [module for module in model.modules() if isinstance(module, FakeQuantizer)]
 
 
 def set_stage(model: nn.Module, stage: Stage) -> None:
     """Move all fake quantizers of `model` to `stage`."""
     for quantizer in quantizers(model):
         quantizer.set_stage(stage)
+
+
+def prepare(model: nn.Module, schemes: SchemeMap) -> None:
+    """Change the structure of `model`, not its function, where `schemes` needs that.
+
+    Experts get layers of their own, and convolutions the batch norms behind them.
+
+    Raises:
+        ValueError: experts that `schemes` quantizes are of a form that has no such layers.
+    """
+    unfuse_experts(model, lambda name: _quantizes_experts(schemes, name))
+    fold_batch_norms(model, lambda name: "conv" in schemes.kinds and schemes.scheme_of(name) is not None)
 
 
 def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
@@ -31,36 +50,57 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
         ValueError: a layer cannot be quantized as its scheme says (all such layers are named), or no
             layer would be quantized at all.
     """
-    chosen, problems = {}, []
+    chosen = {}
+    problems = [
+        f"{name}: its experts share one parameter; give them layers of their own first with "
+        "qat.unfuse_experts(model), or leave them in float (a rule with null)"
+        for name in fused_experts(model)
+        if _quantizes_experts(schemes, name)
+    ]
     for name, module in model.named_modules():
-        scheme = schemes.scheme_of(name) if type(module) is nn.Linear else None
-        if scheme is None:
+        kind = LAYERS.get(type(module))
+        scheme = schemes.scheme_of(name) if kind is not None and kind.kind in schemes.kinds else None
+        if scheme is None or kind is None:
             continue
         try:
-            scheme.weight.groups(module.in_features)
+            scheme.weight.groups(kind.as_matrix(module.weight).shape[1])
         except ValueError as error:
             problems.append(f"{name}: {error}")
-        shared = _owners(model, module.weight)
-        if len(shared) > 1:
-            problems.append(
-                f"{name}: its weight is tied to {', '.join(o for o in shared if o != name)}, which would be "
-                "quantized with it; leave it in float (a rule with null), or untie it first with qat.untie(model)"
-            )
-        chosen[name] = scheme
+        chosen[name] = kind.fitted(scheme)
+    problems += _settle_tied(model, chosen)
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
     if not chosen:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        kinds = tuple(original for original, layer in LAYERS.items() if layer.kind in schemes.kinds)
+        known = [n for n, m in model.named_modules() if isinstance(m, kinds)]
         raise ValueError(
-            f"scheme {schemes.name} quantizes no layer: of {len(linear)} linear layers"
-            f"{' (' + ', '.join(linear[:4]) + ', ...)' if linear else ''} none matches a rule of "
+            f"scheme {schemes.name} quantizes no layer: of {len(known)} {' and '.join(schemes.kinds)} layers"
+            f"{' (' + ', '.join(known[:4]) + ', ...)' if known else ''} none matches a rule of "
             f"{list(schemes.rules)}"
         )
     return chosen
 
 
-def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLinear]:
-    """Turn the linear layers that `schemes` names into fake-quantized ones, in place.
+def _settle_tied(model: nn.Module, chosen: dict[str, QuantScheme]) -> list[str]:
+    """Let an embedding and what is tied to it follow one scheme, for weights only; what cannot be settled."""
+    problems = []
+    for name, scheme in chosen.items():
+        shared = owners(model, model.get_submodule(name).weight)  # type: ignore[arg-type]
+        wanted = [chosen[owner].weight if owner in chosen else None for owner in shared]
+        table = any(isinstance(model.get_submodule(owner), nn.Embedding) for owner in shared)
+        if len(shared) > 1 and table and wanted == [scheme.weight] * len(shared):
+            chosen[name] = replace(scheme, input=None)
+        elif len(shared) > 1:
+            problems.append(
+                f"{name}: its weight is tied to {', '.join(o for o in shared if o != name)}, which would be quantized "
+                "with it; leave it in float (a rule with null), quantize both alike as one table (kinds=[linear, "
+                "embedding]), or untie it first with qat.untie(model)"
+            )
+    return problems
+
+
+def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLayer]:
+    """Turn the layers that `schemes` names into fake-quantized ones, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
     hooks and references stay; safe on the meta device.
@@ -77,26 +117,19 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
         ValueError: as `plan`, before anything is changed.
     """
     estimator = estimator if estimator is not None else LSQ()
+    tables: dict[int, FakeQuantizer] = {}
     for name, scheme in plan(model, schemes).items():
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        FakeQuantLinear.adopt(module, scheme, estimator)
+        layer = LAYERS[type(module)].adopt(module, scheme, estimator, tables.get(id(module.weight)))
+        tables[id(module.weight)] = layer.weight_quantizer
     return layers(model)
 
 
 def remove(model: nn.Module) -> None:
     """Take all fake quantizers out, in place, leaving float layers with the weights as they are now."""
-    for layer in layers(model).values():
+    for layer in [module for module in model.modules() if isinstance(module, FakeQuantLayer)]:
         layer.release()
 
 
-def untie(model: nn.Module) -> None:
-    """Give the output layer of a transformers model a copy of the weight it shares with the embedding."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and len(_owners(model, head.weight)) > 1:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def _owners(model: nn.Module, weight: Tensor) -> list[str]:
-    return [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
+def _quantizes_experts(schemes: SchemeMap, name: str) -> bool:
+    return schemes.scheme_of(f"{name}.0.up_proj") is not None

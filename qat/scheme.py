@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 Granularity = Literal["tensor", "channel", "group", "token"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 AbsmaxRule = Literal["half_range", "qmax"]
+Kind = Literal["linear", "embedding", "conv"]
 
 FORMAT_VERSION = 1
 
@@ -133,6 +134,23 @@ class QuantScheme:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
+    def parse(cls, name: str) -> "QuantScheme":
+        """The scheme that `str` writes: `w4a16-g128`, `w8a16-channel`, `w4a8-g32` (8-bit inputs: a scale a token).
+
+        Raises:
+            ValueError: the name is none.
+        """
+        match = re.fullmatch(r"w(\d)a(8|16)-(?:g(\d+)|(channel|tensor))", name)
+        if match is None:
+            raise ValueError(
+                f"no scheme is called {name!r}: they are called w4a16-g128, w8a16-channel, w8a8-channel, ..."
+            )
+        bits, input_bits, size, where = match.groups()
+        weight = QuantSpec(bits=int(bits), granularity=where or "group", group_size=int(size) if size else None)  # type: ignore[arg-type]
+        inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax") if input_bits == "8" else None
+        return cls(weight=weight, input=inputs)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantScheme":
         """The scheme that `to_dict` wrote.
 
@@ -154,6 +172,10 @@ class SchemeMap:
         name: what summaries call it.
         rules: pattern to scheme, in order; None leaves a module in float.  A pattern is a glob over
             the whole dotted name (`*.mlp.*`), or a regular expression after `re:`.
+        kinds: of layers that rules are about; all others stay in float.
+
+    Raises:
+        ValueError: a kind is unknown.
 
     Example:
         `SchemeMap(name="w4a16", rules={"*lm_head": None, "*": QuantScheme(weight=...)})`
@@ -161,6 +183,11 @@ class SchemeMap:
 
     name: str
     rules: Mapping[str, QuantScheme | None] = field(default_factory=dict)
+    kinds: Sequence[Kind] = ("linear",)
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            _check_choice("kinds", kind, Kind)
 
     def scheme_of(self, module_name: str) -> QuantScheme | None:
         """The scheme of the module called `module_name`, or None where it stays float."""
@@ -179,22 +206,27 @@ def uniform(
     weight: QuantSpec | None,
     input: QuantSpec | None = None,
     ignore: Sequence[str] = (),
-    overrides: Mapping[str, QuantScheme | None] | None = None,
+    overrides: Mapping[str, QuantScheme | str | None] | None = None,
+    kinds: Sequence[Kind] = ("linear",),
 ) -> SchemeMap:
-    """One scheme for all linear layers but some; `conf/quant/` is made of this.
+    """One scheme for all layers of some kinds but some; `conf/quant/` is made of this.
 
     Args:
         weight, input: the scheme; `weight=None` quantizes nothing.
         ignore: patterns of layers left in float.
-        overrides: pattern to another scheme (or None), looked at after `ignore` and before the rest.
+        overrides: pattern to another scheme, its name (see `QuantScheme.parse`) or None, looked at after `ignore`
+            and before the rest.
+        kinds: of layers that are quantized.
     """
     ignored = dict.fromkeys(ignore)
-    rules: dict[str, QuantScheme | None] = {**ignored, **(overrides or {}), **ignored}  # ignored stay first, and None
+    others = {p: QuantScheme.parse(s) if isinstance(s, str) else s for p, s in (overrides or {}).items()}
+    rules: dict[str, QuantScheme | None] = {**ignored, **others, **ignored}  # ignored stay first, and None
     if weight is None:
         return SchemeMap(name="none", rules=rules)
     scheme = QuantScheme(weight=weight, input=input)
     mixed = "+mixed" if overrides else ""
-    return SchemeMap(name=f"{scheme}{mixed}", rules=rules if "*" in rules else {**rules, "*": scheme})
+    rules = rules if "*" in rules else {**rules, "*": scheme}
+    return SchemeMap(name=f"{scheme}{mixed}", rules=rules, kinds=tuple(kinds))
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -1,7 +1,6 @@
 """The stages of a run, in order; `Run.all` reads as the table of contents."""
 
 import logging
-import platform
 import shlex
 import shutil
 import sys
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
+from qat.callbacks import Export, LoRA, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -41,13 +40,14 @@ from qat.export import write_float
 from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import plan, set_stage, untie
-from qat.report.build import build_summary, write_summary
+from qat.insertion import plan, prepare, set_stage
+from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
 from qat.resume import check_resume
 from qat.scheme import QuantScheme, SchemeMap
+from qat.structure import untie
 
 log = logging.getLogger("qat")
 
@@ -125,14 +125,16 @@ class Run:
         self.search = chosen
         return chosen.uniform(min(chosen.widths))
 
-    def _task(self) -> L.LightningModule:
-        """A fresh LightningModule around the float model; equal every time it is called."""
+    def _task(self, **optim: Any) -> L.LightningModule:
+        """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
-        if self.schemes.quantizes and self.cfg.callbacks.quantization.untie:
-            untie(model)  # here, so that the control is trained as QAT is
+        if self.schemes.quantizes:  # here, so that the control is trained as QAT is
+            prepare(model, self.schemes)
+            if self.cfg.callbacks.quantization.untie:
+                untie(model)
         self.data.tokenizer = self.tokenizer = tokenizer
-        return instantiate(self.cfg.task, model=model, **self.cfg.optim)
+        return instantiate(self.cfg.task, model=model, **{**self.cfg.optim, **optim})
 
     def _check(self, task: L.LightningModule) -> None:
         """Whatever can be refused is refused here, before anything long."""
@@ -147,6 +149,11 @@ class Run:
                 self.search.budget(self.search.groups(quantized))
             self._check_export(plan(quantized, self.schemes), model)
             quantization.calibration.check(quantized)
+            self._trainable().check(quantized, plan(quantized, self.schemes))
+        elif self.cfg.trainable.r:
+            raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
+        start = self.cfg.callbacks.quantization.start_step
+        instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.data.seq_len > limit:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
@@ -164,6 +171,10 @@ class Run:
     def _quantization(self) -> QuantizationAwareTraining:
         build = instantiate(self.cfg.callbacks.quantization, _partial_=True)
         return build(schemes=self.schemes, calibration_folder=self._calibration_folder)
+
+    def _trainable(self) -> LoRA:
+        folder = self.out / "adapter"
+        return instantiate(self.cfg.trainable, folder=None if folder.exists() else folder, base=self.cfg.model.name)
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -202,6 +213,7 @@ class Run:
     # -- control ------------------------------------------------------------------------------------
 
     def _train_control(self) -> None:
+        lr = self.cfg.optim.lr if self.cfg.control_lr is None else self.cfg.control_lr
         trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
         shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
         settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}
@@ -211,7 +223,7 @@ class Run:
             architecture=self.architecture,
             batches=self.data.digest,
             task=OmegaConf.to_container(self.cfg.task, resolve=True),
-            optim=OmegaConf.to_container(self.cfg.optim, resolve=True),
+            optim={**self.cfg.optim, "lr": lr},
             trainer=settings,
             seed=self.cfg.seed,
             versions=[__version__, torch.__version__],
@@ -222,7 +234,7 @@ class Run:
         log.info("training the float control (kept in %s)", self.control_at)
         train_control(
             self.control_at,
-            self._task(),
+            self._task(lr=lr),
             self.data,
             lambda checkpoints: self._trainer(checkpoints, [], logger=False, limit_val_batches=0),
         )
@@ -239,7 +251,7 @@ class Run:
     def _train(self, task: L.LightningModule) -> None:
         last = self.out / "checkpoints" / "last.ckpt"
         self.history = TrainHistory()
-        callbacks: list[L.Callback] = [self.history]
+        callbacks: list[L.Callback] = [self.history, instantiate(self.cfg.objective)]
         if self.schemes.quantizes:
             callbacks += self._quantizing()
         logger = instantiate(self.cfg.logger)
@@ -252,8 +264,8 @@ class Run:
             write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
             return
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
-            self.recovery.on_train_end(self.trainer, task)
-            self.export.on_train_end(self.trainer, task)
+            for callback in callbacks:
+                callback.on_train_end(self.trainer, task)
         assert self.export.exported is not None
         self.exported_to = self.export.exported.directory
 
@@ -265,7 +277,7 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self.recovery, self.export]
+        return [quantization, self._trainable(), self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -339,6 +351,7 @@ class Run:
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
+            "objective": choices["objective"],
             "steps": steps,
             "tokens": steps * batch,
             "export_dir": str(self.exported_to),
@@ -385,14 +398,3 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # that is what resuming means
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages whose numbers could move a figure."""
-    return {
-        "python": platform.python_version(),
-        "qat": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": L.__version__,
-    }

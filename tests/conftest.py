@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qat.insertion as insertion
 from qat.fake_quantizer import Stage
 from qat.functional import absmax_scale
+from qat.kernels import build
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 
@@ -93,3 +94,21 @@ def quantize_model() -> Callable[..., torch.nn.Module]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """Compiled kernels go into a folder of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def library(cache_folder):
+    """The CPU kernels, compiled once a session."""
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    return build.load()

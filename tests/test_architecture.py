@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qat"
-CORE = ["scheme", "functional", "estimators", "observers", "packing", "fake_quantizer", "nn", "insertion"]
+CORE = [
+    *["scheme", "functional", "estimators", "observers", "packing", "fake_quantizer", "nn", "structure", "insertion"]
+]
 # What each part may import of qat, besides itself.
 MAY = {
     "scheme": [],
@@ -14,7 +16,8 @@ MAY = {
     **dict.fromkeys(["estimators", "observers", "packing"], CORE[:2]),
     "fake_quantizer": CORE[:5],
     "nn": CORE[:6],
-    "insertion": CORE[:7],
+    "structure": CORE[:7],
+    "insertion": CORE[:8],
     **dict.fromkeys(["calibration", "training"], CORE),
     "kernels": ["packing", "functional", "scheme"],
     "export": [*CORE, "kernels"],

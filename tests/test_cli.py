@@ -9,7 +9,7 @@ import pytest
 
 from qat.cli import main
 
-COMMANDS = ["train", "generate", "eval", "inspect", "compare"]
+COMMANDS = ["train", "generate", "bench", "eval", "inspect", "compare"]
 RUN = {"recipe": "r", "scheme": "w4", "seed": 0, "models": [{"name": "float", "loss": 2.0}], "qat_loss": 1.5}
 
 
@@ -45,6 +45,8 @@ def test_main_help_names_every_command_and_imports_nothing_heavy():
         (["generate", "nowhere", "hi"], "nowhere is no folder"),
         (["generate", ".", "hi", "--temperature", "-1"], "--temperature must not be negative"),
         (["generate", ".", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be positive"),
+        (["bench", "nowhere"], "nowhere is no folder"),
+        (["bench", ".", "--threads", "0"], "--threads must be positive"),
         (["inspect", "nowhere"], "nowhere is not a packed model"),
         (["eval", ".", "--data", "nothing.txt"], "nothing.txt: no such file"),
     ],
@@ -122,11 +124,13 @@ def test_generate_streams_with_the_given_settings(tmp_path, monkeypatch, capsys)
         settings.update(options, prompt=prompt, model=model)
         yield from ["one ", "two"]
 
-    inference = SimpleNamespace(stream=stream, load_packed=lambda directory, backend: (f"packed by {backend}", "tok"))
+    inference = SimpleNamespace(
+        stream=stream, load_packed=lambda directory, backend, device: (f"{backend} on {device}", "tok")
+    )
     monkeypatch.setitem(sys.modules, "qat.inference", inference)
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
     assert main(["generate", str(tmp_path), "hello", "--max-new-tokens", "7", "--backend", "torch", "--chat"]) == 0
     assert capsys.readouterr().out == "one two\n"
     assert settings == {
-        "prompt": "hello", "model": "packed by torch", "max_new_tokens": 7, "temperature": 0.0, "chat": True,
+        "prompt": "hello", "model": "torch on cpu", "max_new_tokens": 7, "temperature": 0.0, "chat": True,
     }  # fmt: skip

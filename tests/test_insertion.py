@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import qat.insertion as insertion
+import qat.structure as structure
 from qat.estimators import LSQ, STE
 from qat.fake_quantizer import Stage
 from qat.nn import FakeQuantLinear
@@ -209,7 +210,7 @@ def test_a_tied_output_layer_is_refused_with_its_remedy_and_can_be_untied(tiny_l
     ids = torch.arange(12)[None]
     before = model(ids).logits
     embedding = model.model.embed_tokens.weight
-    insertion.untie(model)
+    structure.untie(model)
     assert model.model.embed_tokens.weight is embedding
     assert model.lm_head.weight is not embedding
     assert torch.equal(model(ids).logits, before)
@@ -224,7 +225,7 @@ def test_a_tied_output_layer_is_refused_with_its_remedy_and_can_be_untied(tiny_l
 def test_untying_what_is_not_tied_changes_nothing(tiny_llama):
     model = tiny_llama(tie=False)
     weight = model.lm_head.weight
-    insertion.untie(model)
+    structure.untie(model)
     assert model.lm_head.weight is weight
 
 

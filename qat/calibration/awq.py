@@ -12,7 +12,7 @@ from qat.calibration.equalization import Equalization, Inputs
 from qat.calibration.gptq import Grams
 from qat.calibration.llama_like import Pair
 from qat.calibration.method import Calibration, check_layers
-from qat.calibration.ranges import RangeCalibration
+from qat.calibration.ranges import RangeCalibration, set_tables
 from qat.fake_quantizer import Stage
 from qat.functional import fake_quantize, store_scale
 from qat.insertion import layers
@@ -52,7 +52,8 @@ class ClipSearch:
         Raises:
             ValueError: NaN, or a layer that no usable token reaches; names the layer.
         """
-        watched = layers(model)
+        set_tables(model, self.ranges)
+        watched = {name: layer for name, layer in layers(model).items() if layer.multiplies}
         for layer in watched.values():
             self.ranges.observe(layer)
         grams = Grams(watched)
@@ -65,7 +66,7 @@ class ClipSearch:
                 quantizer = layer.weight_quantizer
                 assert quantizer.scale is not None
                 quantizer.set_scale(
-                    _clipped(layer.weight.detach().float(), gram, quantizer.scale, self.ratios, quantizer.spec)
+                    _clipped(layer.matrix.detach().float(), gram, quantizer.scale, self.ratios, quantizer.spec)
                 )
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error

@@ -52,8 +52,10 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     best: tuple[int, str, list[nn.Module]] = (0, "", [])
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            count = len(layers(module))
-            if count > best[0]:
+            inside = layers(module)
+            count = len(inside)
+            # Blocks of convolutions change the shape of what they pass on, so that none can stand in for the rest.
+            if count > best[0] and all(layer.kind != "conv" for layer in inside.values()):
                 best = (count, name, list(module))
     return best[1], best[2]
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from qat.calibration.blocks import Run, stream
 from qat.calibration.method import check_layers, described, write_back
-from qat.calibration.ranges import RangeCalibration
+from qat.calibration.ranges import RangeCalibration, set_tables
 from qat.fake_quantizer import Stage, unmasked
 from qat.functional import dequantize, quantize
 from qat.insertion import layers, set_stage
-from qat.nn import FakeQuantLinear
+from qat.nn import FakeQuantLayer
 from qat.scheme import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class GPTQ:
     """Weights on the grid with the smallest error of each layer's output, block by block.
 
     A calibration (see `qat.calibration`).  Afterwards every quantized weight is on its grid: fq(w) == w bit for bit.
+
+    An embedding's inputs are one-hot, so its H is diagonal: it is rounded to nearest, which is all there is to do.
 
     Attributes:
         name: what tables call it.
@@ -98,7 +100,8 @@ class GPTQ:
 
     def _treat(self, module: nn.Module, run: Run) -> None:
         """Quantize the layers of one module, in the order in which it calls them."""
-        pending = layers(module)
+        pending = {name: layer for name, layer in layers(module).items() if layer.multiplies}
+        set_tables(module, self.ranges)
         while pending:
             for layer in pending.values():
                 self.ranges.observe(layer)
@@ -116,12 +119,12 @@ class GPTQ:
                     quantizer.set_stage(Stage.FROZEN if self.sequential == "layer" else Stage.FLOAT)
         set_stage(module, Stage.FLOAT)
 
-    def _quantize(self, layer: FakeQuantLinear, gram: Tensor, name: str) -> None:
+    def _quantize(self, layer: FakeQuantLayer, gram: Tensor, name: str) -> None:
         self.ranges.set_layer(layer, gram.diagonal() if self.ranges.importance else None)
         scale = layer.weight_quantizer.scale
         assert scale is not None
         codes = gptq_codes(
-            layer.weight.detach(),
+            layer.matrix.detach(),
             gram,
             scale.detach(),
             layer.scheme.weight,
@@ -227,7 +230,7 @@ class Grams:
         first_only: only of the first layer called, and of those that share its input.
     """
 
-    def __init__(self, watched: dict[str, FakeQuantLinear], first_only: bool = False):
+    def __init__(self, watched: dict[str, FakeQuantLayer], first_only: bool = False):
         self.watched, self.first_only = watched, first_only
         self.leader: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
@@ -257,7 +260,7 @@ class Grams:
             self._current = ("", None)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        def note(layer: FakeQuantLayer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
             if x is not self._current[1]:
                 self._current = (name, x)
@@ -266,7 +269,7 @@ class Grams:
                     return
                 self.leader[name] = self._current[0]
             if self.leader[name] == name:
-                tokens = unmasked(x.detach()).float()
+                tokens = unmasked(layer.rows(x.detach())).float()
                 if len(tokens):
                     product = tokens.T @ tokens
                     self._sums[name] = self._sums[name].add_(product) if name in self._sums else product

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qat.calibration.blocks import Run
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import dequantize, fake_quantize, quantize, store_scale
-from qat.nn import FakeQuantLinear
+from qat.nn import FakeQuantLayer
 
 
 class Calibration(Protocol):
@@ -44,22 +44,22 @@ class Calibration(Protocol):
 
 
 def check_layers(method: str, model: nn.Module) -> None:
-    """Refuse quantizers that are in no linear layer.
+    """Refuse quantizers that are in no layer of qat's.
 
     Raises:
         ValueError: names the layer and its type.
     """
     for name, module in model.named_modules():
         owned = any(isinstance(child, FakeQuantizer) for child in module.children())
-        if owned and not isinstance(module, FakeQuantLinear):
+        if owned and not isinstance(module, FakeQuantLayer):
             raise ValueError(
-                f"calibration {method} treats linear layers, and {name} is a {type(module).__name__}: leave it in "
-                "float (a rule with null), or calibrate by ranges (calibration=mse)"
+                f"calibration {method} treats the layers of qat.nn, and {name} is a {type(module).__name__}: leave it "
+                "in float (a rule with null), or calibrate by ranges (calibration=mse)"
             )
 
 
 @torch.no_grad()
-def write_back(layer: FakeQuantLinear, codes: Tensor) -> None:
+def write_back(layer: FakeQuantLayer, codes: Tensor) -> None:
     """Overwrite the weight with codes * scale, in the weight's dtype, so that it quantizes to exactly these codes.
 
     In bfloat16 a product may round, by 2^-9 of itself at most, which is 1/4 of a step at code 128: never another code.
@@ -70,7 +70,7 @@ def write_back(layer: FakeQuantLinear, codes: Tensor) -> None:
     Raises:
         ValueError: the weight's dtype cannot hold the grid (float16 below its normal range).
     """
-    quantizer, weight = layer.weight_quantizer, layer.weight
+    quantizer, weight = layer.weight_quantizer, layer.matrix
     assert quantizer.scale is not None
     scale = store_scale(quantizer.scale.detach(), quantizer.spec)
     written = dequantize(codes, scale.expand(weight.shape[0], -1)).to(weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
 from qat.insertion import layers
-from qat.nn import FakeQuantLinear
+from qat.nn import FakeQuantLayer
 from qat.observers import EMA, MSE, MinMax
 
 OBSERVERS: dict[str, type[MinMax]] = {"absmax": MinMax, "ema": EMA, "mse": MSE}
@@ -94,23 +94,24 @@ class RangeCalibration:
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
 
-    def observe(self, layer: FakeQuantLinear) -> None:
+    def observe(self, layer: FakeQuantLayer) -> None:
         """Let `layer` compute in float while its static input, if it has one, is watched from now on."""
         for quantizer in layer.quantizers:
             quantizer.set_stage(Stage.OBSERVE)
         if layer.input_quantizer is not None and layer.input_quantizer.scale is not None:
             layer.input_quantizer.observer = OBSERVERS[self.input](layer.input_quantizer.spec)
 
-    def set_layer(self, layer: FakeQuantLinear, moment: Tensor | None) -> None:
+    def set_layer(self, layer: FakeQuantLayer, moment: Tensor | None) -> None:
         """Set the scales of one layer after its inputs were observed; its stage is FLOAT afterwards.
 
         Args:
-            moment: (in,), sums of squares of its inputs, float32; needed where `importance` is above 0.
+            moment: (in,), sums of squares of its inputs, float32; needed where `importance` is above 0 and inputs
+                multiply the weight (rows of an embedding are searched by their plain squared error).
 
         Raises:
             ValueError: NaN, or no usable token.
         """
-        if self.importance and moment is None:
+        if self.importance and moment is None and layer.multiplies:
             raise ValueError("no value was observed: the calibration data has no usable token, or never reaches it")
         if moment is not None and not torch.isfinite(moment).all():
             raise ValueError("NaN or infinite values were observed in its input")
@@ -121,24 +122,34 @@ class RangeCalibration:
                 quantizer.observer = None
             quantizer.set_stage(Stage.FLOAT)
 
-    def _weight_scale(self, layer: FakeQuantLinear, moment: Tensor | None) -> Tensor:
+    def _weight_scale(self, layer: FakeQuantLayer, moment: Tensor | None) -> Tensor:
         stored = layer.weight_quantizer.scale
         assert stored is not None
         scales = []
-        weight = layer.weight.reshape(stored.shape[0], -1)
+        weight = layer.matrix.reshape(stored.shape[0], -1)
         for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
             spec = layer.weight_quantizer.spec
             observer = MSE(spec, self.signed) if self.weight == "mse" else MinMax(spec)
             values = rows.reshape(len(rows) * stored.shape[1], -1)
             if isinstance(observer, MSE):
                 observer.most = values.shape[1]
-                repeats = rows.numel() // layer.in_features
+                repeats = rows.numel() // layer.matrix.shape[1]
                 weights = None if moment is None else moment.pow(self.importance).repeat(repeats).view(values.shape)
                 observer.observe(values, weights)
             else:
                 observer.observe(values)
             scales.append(observer.scale().view(-1, stored.shape[1]))
         return torch.cat(scales)
+
+
+def set_tables(model: nn.Module, ranges: RangeCalibration) -> None:
+    """Set the scales of the layers whose inputs do not multiply their weights: embeddings."""
+    for name, layer in layers(model).items():
+        if not layer.multiplies:
+            try:
+                ranges.set_layer(layer, None)
+            except ValueError as error:
+                raise ValueError(f"calibration {ranges.name}, layer {name}: {error}") from error
 
 
 def _input_quantizers(model: nn.Module) -> list[FakeQuantizer]:
@@ -154,14 +165,16 @@ def _nothing() -> Iterator[None]:
 def _input_moments(model: nn.Module, moments: dict[str, Tensor]) -> Iterator[None]:
     """Within, sum the squares of each layer's real input tokens into `moments[name]` (in,), float32."""
 
-    def watch(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        tokens = unmasked((args[0] if args else kwargs["input"]).detach()).float()
+    def watch(name: str, layer: FakeQuantLayer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        tokens = unmasked(layer.rows((args[0] if args else kwargs["input"]).detach())).float()
         if len(tokens):
             square = tokens.square().sum(0)
             moments[name] = moments[name] + square if name in moments else square
 
     hooks = [
-        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers(model).items()
+        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
+        for name, layer in layers(model).items()
+        if layer.multiplies
     ]
     try:
         yield

@@ -1,9 +1,13 @@
 """Lightning callbacks: quantization, recovery and export for any LightningModule."""
 
+from qat.callbacks.distillation import Distillation
 from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
+from qat.callbacks.lora import LoRA
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
 
-__all__ = ["Export", "NaNGuard", "QuantizationAwareTraining", "RandomState", "Recovery", "SafeExit"]
+__all__ = [
+    "Distillation", "Export", "LoRA", "NaNGuard", "QuantizationAwareTraining", "RandomState", "Recovery", "SafeExit",
+]  # fmt: skip

@@ -1,6 +1,7 @@
-"""How a callback runs a batch of a module it knows nothing about."""
+"""How a callback works on a module it knows nothing about: its batches, its losses, its methods."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,3 +57,16 @@ def _size(batch: Any) -> int:
     while not isinstance(batch, Tensor):
         batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     return len(batch)
+
+
+def after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
+    """Make the method `name` of the object `owner` call `then` with its result before returning it."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        then(result)
+        return result
+
+    setattr(owner, name, wrapped)

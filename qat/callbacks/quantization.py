@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from qat.calibration import Calibration, RangeCalibration
-from qat.callbacks.batches import forward_batch, muted
+from qat.callbacks.batches import after, forward_batch, muted
 from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import SCALE_FLOOR, away_from_zero
-from qat.insertion import insert, layers, quantizers, set_stage, untie
+from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import SchemeMap
+from qat.structure import untie
 from qat.training import scale_parameters
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class QuantizationAwareTraining(L.Callback):
         if any(isinstance(m, nn.Linear) for m in pl_module.modules()) or not built_later:
             self._insert(pl_module)
         else:
-            _after(pl_module, "configure_model", lambda _: self._insert(pl_module))
+            after(pl_module, "configure_model", lambda _: self._insert(pl_module))
         if stage != "fit":  # validating or testing a checkpoint needs the quantizers, and no optimizer
             return
         original = pl_module.configure_optimizers
@@ -103,11 +104,12 @@ class QuantizationAwareTraining(L.Callback):
         model = self.quantized(pl_module)
         if layers(model):
             return  # the user's configure_model, or an earlier fit, has inserted
+        prepare(model, self.schemes)
         if self.untie:
             untie(model)
         inserted = insert(model, self.schemes, self.estimator)
         self.calibration.check(model)
-        log.info("%s: %d linear layers quantized", self.schemes.name, len(inserted))
+        log.info("%s: %d layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for name in ("configure_optimizers", "configure_model"):
@@ -154,7 +156,7 @@ class QuantizationAwareTraining(L.Callback):
     def _settle(pl_module: nn.Module) -> None:
         """Store the scales that the last forward used: an estimator may follow the weights instead."""
         for layer in layers(pl_module).values():
-            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.weight.detach()))
+            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.adapted.detach()))
 
     # -- calibration --------------------------------------------------------------------------------
 
@@ -164,6 +166,8 @@ class QuantizationAwareTraining(L.Callback):
         """Set all scales, and weights where the calibration does, from the weights as they are and from data."""
         chosen = calibration if calibration is not None else self.calibration
         model = self.quantized(pl_module)
+        for layer in layers(model).values():
+            layer.merge()
         chosen(model, lambda: self._run(trainer, pl_module), self.calibration_folder)
 
     @torch.no_grad()
@@ -188,14 +192,13 @@ class QuantizationAwareTraining(L.Callback):
             pl_module.train(training)
 
 
-def _after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
-    """Make the method `name` of the object `owner` call `then` with its result before returning it."""
-    original = getattr(owner, name)
+def quantization_of(trainer: L.Trainer, wanted_by: str) -> QuantizationAwareTraining:
+    """The callback of `trainer` that quantizes.
 
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        then(result)
-        return result
-
-    setattr(owner, name, wrapped)
+    Raises:
+        ValueError: there is none; names the callback that wants it.
+    """
+    found = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+    if not found:
+        raise ValueError(f"{wanted_by} needs a QuantizationAwareTraining callback before it in the trainer's callbacks")
+    return found[0]

@@ -10,7 +10,7 @@ import torch
 from qat.calibration import Calibration, RangeCalibration
 from qat.callbacks.batches import step_losses
 from qat.callbacks.measure import Measure, Measured
-from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.callbacks.quantization import quantization_of
 from qat.evaluation import DocumentLosses, Estimate, Losses, difference, recovered
 from qat.evaluation.losses import by_document
 
@@ -56,16 +56,10 @@ class Recovery(L.Callback):
             self.models |= {"control": self.control.control, "control_ptq": self.control.ptq}
         if "float" in self.models:
             return  # resumed: the weights are trained ones by now
-        measure = Measure(trainer, pl_module, self._quantization(trainer))
+        measure = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))
         self.models["float"] = measure.in_float("float")
         for name, calibration in self.calibrations.items():
             self.models[name] = measure.post_training(name, calibration)
-
-    def _quantization(self, trainer: L.Trainer) -> QuantizationAwareTraining:
-        found = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-        if not found:
-            raise ValueError("Recovery needs a QuantizationAwareTraining callback before it in the trainer's callbacks")
-        return found[0]
 
     # -- while training -----------------------------------------------------------------------------
 
@@ -106,11 +100,11 @@ class Recovery(L.Callback):
     # -- at the end ---------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.models["qat"] = Measure(trainer, pl_module, self._quantization(trainer))("qat")
+        self.models["qat"] = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))("qat")
 
     def measure_calibrated(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Instead of `on_train_end` where nothing is trained: losses of the calibrated model, logged too."""
-        self.models["calibrated"] = Measure(trainer, pl_module, self._quantization(trainer))("calibrated")
+        self.models["calibrated"] = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))("calibrated")
         for logger in trainer.loggers:
             losses = {f"recovery/{name}_loss": m["validation"].loss for name, m in self.models.items()}
             logger.log_metrics(losses, step=0)

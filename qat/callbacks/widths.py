@@ -42,7 +42,7 @@ def search_widths(
         keep: an assignment that is there stands, whatever would be found now: its run has trained with it.
 
     Returns:
-        The map, and the facts for the summary: `sensitivity`, `frontier`, `budget_bits` and `predicted`.
+        The map, and the facts for the summary: `sensitivity`, `frontier`, `budget_bits` and `sensitivity_metric`.
 
     Raises:
         ValueError: as `search.groups` and `search.budget`.
@@ -63,9 +63,9 @@ def search_widths(
         table = measure(model, search, batches, forward, path, _key(search, batches, weights))
     costs: dict[str, dict[int, float]] = {group.name: {} for group in groups}
     for row in table["rows"]:
-        costs[row["name"]][row["bits"]] = row[search.objective]
+        costs[row["name"]][row["bits"]] = row[search.metric]
     sizes = {group.name: group.bytes for group in groups}
-    asked = {"budget_bits": search.budget_bits, "objective": search.objective}
+    asked = {"budget_bits": search.budget_bits, "metric": search.metric}
     if "widths" not in table or (table["asked"] != asked and not keep):
         chosen = assign(costs, sizes, budget)
         table |= {"asked": asked, "widths": {name: chosen[group.name] for group in groups for name in group.layers}}
@@ -84,7 +84,7 @@ def search_widths(
     points.append(("chosen", 8 * size / total, predicted))
     facts = {
         "budget_bits": search.budget_bits,
-        "objective": search.objective,
+        "sensitivity_metric": search.metric,
         "sensitivity": [{**row, "chosen_bits": chosen[row["name"]]} for row in table["rows"]],
         "frontier": [{"name": name, "bits": bits, "predicted": cost} for name, bits, cost in points],
     }
@@ -97,8 +97,8 @@ def _counted(chosen: dict[str, int]) -> str:
 
 
 def _key(search: WidthSearch, batches: list[Any], weights: str) -> str:
-    """Identifies all that a measurement depends on; budget and objective only choose."""
-    settings = {k: described(v) for k, v in vars(search).items() if k not in ("budget_bits", "objective")}
+    """Identifies all that a measurement depends on; budget and metric only choose."""
+    settings = {k: described(v) for k, v in vars(search).items() if k not in ("budget_bits", "metric")}
     total = hashlib.sha256(f"{sorted(settings.items())} {weights}".encode())
     for batch in batches:
         for name, tensor in sorted(batch.items()):

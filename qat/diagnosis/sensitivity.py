@@ -172,10 +172,10 @@ class _Inserted:
         """||Q(W) - W||^2 of each layer."""
         found = {}
         for name, layer in self.layers.items():
-            weight = self.quantized[name]
-            scale = layer.weight_quantizer.weight_scale(weight).expand(len(weight), -1)
-            quantized = fake_quantize(weight, scale, layer.scheme.weight)
-            found[name] = float((quantized.float() - self.float[name].float()).square().sum())
+            matrix, original = layer.as_matrix(self.quantized[name]), layer.as_matrix(self.float[name])
+            scale = layer.weight_quantizer.weight_scale(matrix).expand(len(matrix), -1)
+            quantized = fake_quantize(matrix, scale, layer.scheme.weight)
+            found[name] = float((quantized.float() - original.float()).square().sum())
         return found
 
 

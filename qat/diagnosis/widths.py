@@ -22,6 +22,7 @@ from torch import nn
 from qat.calibration import GPTQ, RangeCalibration
 from qat.export.compressed_tensors import stored_bytes
 from qat.insertion import plan
+from qat.nn import LAYERS
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
 
 # Layers beside each other that servers run as one product, which has one width.
@@ -60,7 +61,7 @@ class WidthSearch:
         input: how input activations are quantized, at every width; None leaves them in the compute dtype.
         ignore: patterns of linear layers left in float.
         together: more groups: each is a list of patterns, and all layers that match one of them share a width.
-        objective: what is minimised: the `kl` divergence from the float model, the rise of the `loss`, or the `fisher`
+        metric: what is minimised: the `kl` divergence from the float model, the rise of the `loss`, or the `fisher`
             estimate, which needs no forward with a quantized layer.
         calibration: what quantizes a layer while its sensitivity is measured.
         windows: of the calibration split that sensitivities are measured on.
@@ -75,15 +76,15 @@ class WidthSearch:
     input: QuantSpec | None = None
     ignore: Sequence[str] = ()
     together: Sequence[Sequence[str]] = ()
-    objective: Literal["kl", "loss", "fisher"] = "kl"
+    metric: Literal["kl", "loss", "fisher"] = "kl"
     calibration: RangeCalibration | GPTQ = field(default_factory=GPTQ)
     windows: int = 32
 
     def __post_init__(self) -> None:
         if not self.widths or len(set(self.widths)) < len(self.widths):
             raise ValueError(f"quant.widths must be different widths, got {list(self.widths)}")
-        if self.objective not in ("kl", "loss", "fisher"):
-            raise ValueError(f"quant.objective must be kl, loss or fisher, got {self.objective!r}")
+        if self.metric not in ("kl", "loss", "fisher"):
+            raise ValueError(f"quant.metric must be kl, loss or fisher, got {self.metric!r}")
         if not isinstance(self.calibration, (RangeCalibration, GPTQ)):
             raise ValueError(
                 f"quant.calibration={type(self.calibration).__name__} moves factors between layers, so no layer can be "
@@ -118,7 +119,7 @@ class WidthSearch:
         Raises:
             ValueError: a pattern matches no layer, or a layer cannot be quantized.
         """
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [n for n, m in model.named_modules() if type(m) in LAYERS and LAYERS[type(m)].kind == "linear"]
         for pattern in self.ignore:
             _check_pattern("quant.ignore", pattern, linear)
         chosen = plan(model, self.uniform(min(self.widths)))
@@ -147,7 +148,8 @@ class WidthSearch:
 
     def _group(self, model: nn.Module, names: tuple[str, ...]) -> Group:
         modules: list[Any] = [model.get_submodule(name) for name in names]
-        shapes = [(module.weight.shape[0], module.weight.shape[1]) for module in modules]
+        matrices = [LAYERS[type(module)].as_matrix(module.weight) for module in modules]
+        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
         parents = {name.rpartition(".")[0] for name in names}
         rest = [name.rpartition(".")[2] for name in names[1:]]
         return Group(

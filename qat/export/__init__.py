@@ -107,7 +107,7 @@ def export(
         check=lambda written: verify(written, recorded),
     )
     described = tuple(
-        _describe(name, folded[name], layer.weight.detach().to(recorded[name].weight_dtype))
+        _describe(name, folded[name], layer.adapted.detach().to(recorded[name].weight_dtype))
         for name, layer in quantized.items()
     )
     return Artifact(

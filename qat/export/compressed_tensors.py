@@ -4,6 +4,7 @@
     model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
                         int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
                         static activations:    <m>.input_scale (1,)
+                        (qat.safetensors, where a layer is of a kind that the format does not know)
     qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
 
 Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
@@ -11,20 +12,23 @@ Scales are (out, groups) in the spec's scale dtype; symmetric weights have no ze
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.export.directory import atomic_directory, write_weights
+from qat.export.directory import OWN_WEIGHTS, WEIGHTS, atomic_directory, write_weights
 from qat.export.fold import Folded
 from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
 from qat.insertion import layers
 from qat.packing import pack, words_of
 from qat.scheme import QuantScheme, QuantSpec
+
+log = logging.getLogger(__name__)
 
 
 def write(
@@ -61,12 +65,16 @@ def write(
     for name, layer in folded.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer_tensors(layer).items()}
     described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
+    strange = unheld(model, folded)
+    if strange is not None:
+        log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only",
+                 layers(model)[strange].original.__name__, strange)  # fmt: skip
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
     with atomic_directory(directory, needed, (VerificationError,)) as partial:
         _write_config(partial, model, folded, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_weights(partial, tensors, described, dict(provenance or {}))
+        write_weights(partial, tensors, described, dict(provenance or {}), OWN_WEIGHTS if strange else WEIGHTS)
         if check is not None:
             check(partial)
 
@@ -122,6 +130,14 @@ def stored_bytes(scheme: QuantScheme, shape: tuple[int, int]) -> int:
     return rows * row + (scale_dtype(scheme.input).itemsize if static else 0)  # type: ignore[arg-type]
 
 
+def unheld(model: nn.Module, names: Iterable[str]) -> str | None:
+    """The first layer of `names` that compressed-tensors knows no form of; None where it can hold all of them.
+
+    Then the directory has the same tensors in a file of another name, and says `"quant_method": "qat"`: for qat alone.
+    """
+    return next((name for name in names if not isinstance(model.get_submodule(name), nn.Linear)), None)
+
+
 def format_of(scheme: QuantScheme) -> str:
     """`int-quantized` for 8-bit weights with quantized activations, else `pack-quantized`."""
     return "int-quantized" if scheme.weight.bits == 8 and scheme.input is not None else "pack-quantized"
@@ -147,14 +163,14 @@ def quantization_config(model: nn.Module, folded: Mapping[str, Folded]) -> dict[
         by_scheme.setdefault(layer.scheme, []).append(name)
     formats = {format_of(scheme) for scheme in by_scheme}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": "compressed-tensors" if unheld(model, folded) is None else "qat",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in folded],
         "kv_cache_scheme": None,
         "config_groups": {
-            f"group_{i}": _group(scheme, ["Linear"] if len(by_scheme) == 1 else names)
+            f"group_{i}": _group(scheme, ["Linear"] if len(by_scheme) == 1 and unheld(model, names) is None else names)
             for i, (scheme, names) in enumerate(by_scheme.items())
         },
     }
@@ -185,15 +201,16 @@ def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
 
 def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that is not quantized, a tied tensor once, by the first of its names."""
-    left_out = {f"{name}.weight" for name in folded}
-    quantizers = tuple(f"{name}.{q}." for name in layers(model) for q in ("weight_quantizer", "input_quantizer"))
-    tensors, seen = {}, set()
+    seen = {id(layer.weight) for name, layer in layers(model).items() if name in folded}
+    seen |= {id(tensor) for layer in layers(model).values() for tensor in layer.added()}
+    tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in left_out or name.startswith(quantizers) or id(tensor) in seen:
+        if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        stored = dtype if tensor.is_floating_point() else tensor.dtype
-        tensors[name] = tensor.detach().to("cpu", stored).contiguous()
+        stored = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        # Experts are parts of one tensor, which safetensors would take for shared.
+        tensors[name] = stored.clone() if stored.untyped_storage().nbytes() > stored.nbytes else stored
     return tensors
 
 

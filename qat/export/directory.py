@@ -20,6 +20,8 @@ import qat
 SIDE_FILE = "qat.json"
 SIDE_VERSION = 1
 WEIGHTS = "model.safetensors"
+# Of what only qat can read: others would find a familiar name, and fill what they do not know with random values.
+OWN_WEIGHTS = "qat.safetensors"
 
 
 @contextmanager
@@ -70,16 +72,24 @@ def atomic_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_weights(directory: Path, tensors: dict[str, Tensor], layers: Mapping[str, Any], provenance: Any) -> None:
-    """Write `model.safetensors`, and the side file by which a reader knows that the directory is whole.
+def weights_file(directory: Path) -> Path:
+    """Where the weights of an exported directory are."""
+    return directory / (OWN_WEIGHTS if (directory / OWN_WEIGHTS).is_file() else WEIGHTS)
+
+
+def write_weights(
+    directory: Path, tensors: dict[str, Tensor], layers: Mapping[str, Any], provenance: Any, name: str = WEIGHTS
+) -> None:
+    """Write the weights, and the side file by which a reader knows that the directory is whole.
 
     Args:
         directory: existing, with all other files in it.
         tensors: by name; contiguous, none shared.
         layers: of the side file: the scheme, shape and trained dtype of each quantized layer.
         provenance: of the side file: where the model comes from; plain values.
+        name: of the file of weights.
     """
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / name, metadata={"format": "pt"})
     files = sorted(path for path in directory.iterdir() if path.is_file())
     side = {
         "format_version": SIDE_VERSION,
@@ -90,7 +100,7 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], layers: Mapping[s
     }
     (directory / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n")
     # safetensors lets only the owner read its files; a server often runs as somebody else.
-    shutil.copymode(directory / SIDE_FILE, directory / WEIGHTS)
+    shutil.copymode(directory / SIDE_FILE, directory / name)
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import quantize, scale_dtype, store_scale
 from qat.insertion import layers
-from qat.nn import FakeQuantLinear
+from qat.nn import FakeQuantLayer
 from qat.scheme import QuantScheme
 
 
@@ -83,7 +83,7 @@ def _recorder(
 
 
 @torch.no_grad()
-def fold(layer: FakeQuantLinear, weight_dtype: torch.dtype, name: str = "the layer") -> Folded:
+def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the layer") -> Folded:
     """The codes and scales of `layer`, by the same functions that its training forward calls.
 
     Args:
@@ -94,7 +94,7 @@ def fold(layer: FakeQuantLinear, weight_dtype: torch.dtype, name: str = "the lay
     Raises:
         ValueError: a weight or a scale is NaN or infinite.
     """
-    weight, quantizer = layer.weight.detach().to(weight_dtype), layer.weight_quantizer
+    weight, quantizer = layer.adapted.detach().to(weight_dtype), layer.weight_quantizer
     scale, input_scale = quantizer.weight_scale(weight), _input_scale(layer.input_quantizer)
     # The scale before rounding too: -inf, which training diverged to, is stored as the smallest scale.
     for what, tensor in (

@@ -55,7 +55,7 @@ def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[La
     """Compare codes and scales in a compressed-tensors directory with those that training used, bit for bit.
 
     Args:
-        directory: with `config.json` and `model.safetensors`; only read.
+        directory: with `config.json` and the weights; only read.
         recorded: of every quantized layer, as `qat.export.record` notes it.
 
     Returns:
@@ -68,7 +68,8 @@ def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[La
     settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
     if settings is None:
         raise VerificationError(f"{directory / 'config.json'} has no quantization_config")
-    tensors = read_safetensors(directory / "model.safetensors")
+    own = settings["quant_method"] == "qat"
+    tensors = read_safetensors(directory / ("qat.safetensors" if own else "model.safetensors"))
     checks = [_check(name, tensors, settings, used) for name, used in recorded.items()]
     stored = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
     for name in sorted(stored - set(recorded)):

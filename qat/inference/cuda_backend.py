@@ -2,19 +2,23 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
+from qat.inference.fusion import by_turns, why_separate
 from qat.inference.packed import PackedLinear
 from qat.kernels import cuda
 from qat.kernels import device as kernels_device
-from qat.kernels.plan import why_not
-from qat.kernels.tiles import interleave_rows, tile_scale
+from qat.kernels.plan import TILE_N, why_not
+from qat.kernels.tiles import tile_scale
 
 log = logging.getLogger(__name__)
+
+# Of transformers: down(act_fn(gate(x)) * up(x)).
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 
 
 class CudaLinear(nn.Module):
@@ -26,13 +30,15 @@ class CudaLinear(nn.Module):
     Args:
         layer: filled, on a CUDA device.
         dtype: of the activations, float16 or bfloat16.
-        swiglu: rows of `layer` are gate and up by turns, as `join_rows` interleaves them, and the result is
+        swiglu: rows of `layer` are gate and up by turns, as `fusion.by_turns` orders them, and the result is
             silu(gate) * up, (..., out / 2).
 
     Raises:
         CompileError: the kernel that repacks cannot be compiled.
     """
 
+    rows = ("tiles", "scale", "bias")  # outermost by tiles of `row_multiple` outputs, the last one padded
+    row_multiple = TILE_N
     tiles: Tensor
     scale: Tensor
     input_scale: Tensor | None
@@ -55,6 +61,20 @@ class CudaLinear(nn.Module):
             return self.multiply(*self.quantize(input), input.dtype, residual)
         weight = (self.tiles, self.scale, self.bias, self.bits, self.group_size, self.out_features)
         return torch.ops.qat.tiled_linear(input, *weight, residual, self.swiglu)
+
+    def of_norm(self, input: Tensor, norm: Any) -> Tensor:
+        """`forward` of an RMSNorm's result; where the scheme quantizes each token, both are one launch."""
+        if not self.input_bits or self.input_scale is not None:
+            return self(norm(input))
+        weight, epsilon = norm.weight, norm.variance_epsilon
+        codes, scale = torch.ops.qat.rmsnorm_quantize(input, weight, epsilon, self.input_bits, self.input_rule)
+        return self.multiply(codes, scale, input.dtype)
+
+    def kin(self) -> tuple[Any, ...]:
+        """What layers have in common that can be rows of one."""
+        static = None if self.input_scale is None else float(self.input_scale)
+        scheme = self.bits, self.group_size, self.input_bits, self.input_rule, static
+        return self.in_features, self.scale.dtype, self.swiglu, scheme
 
     def quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The codes and scales of (..., in) by the scheme; see `qat.kernels.cuda.quantize_tokens`."""
@@ -83,35 +103,16 @@ class CudaLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-def join_rows(layers: Sequence[PackedLinear], interleave: bool = False) -> PackedLinear:
-    """Layers that read the same input as one: q, k and v below each other, or gate and up by turns for SwiGLU.
+class GatedMlp(nn.Module):
+    """The MLP of a Llama-like block in two launches: gate, up and SwiGLU are one."""
 
-    Args:
-        layers: filled, of one scheme, equal inputs and, where it is static, one input scale; all or none with a bias.
-        interleave: for two layers of equal shape: row 2j is the first one's row j, row 2j + 1 the second one's.
+    def __init__(self, gate_up: CudaLinear, down_proj: nn.Module):
+        super().__init__()
+        self.gate_up, self.down_proj = gate_up, down_proj
 
-    Raises:
-        ValueError: they cannot be one layer.
-    """
-    first = layers[0]
-    for layer in layers[1:]:
-        alike = (layer.scheme, layer.in_features) == (first.scheme, first.in_features)
-        alike &= (layer.bias is None) == (first.bias is None)
-        if first.input_scale is not None and layer.input_scale is not None:
-            alike &= torch.equal(layer.input_scale, first.input_scale)
-        if not alike or (interleave and layer.out_features != first.out_features):
-            raise ValueError(f"these layers cannot be one: {first.extra_repr()} and {layer.extra_repr()}")
-    if interleave and len(layers) != 2:
-        raise ValueError(f"two layers are interleaved, not {len(layers)}")
-    joined = PackedLinear(
-        first.in_features, sum(layer.out_features for layer in layers), first.scheme, False, device=first.packed.device
-    )
-    joined.input_scale = first.input_scale
-    for name in ("packed", "scale", "bias"):
-        rows = [getattr(layer, name) for layer in layers]
-        if rows[0] is not None:
-            setattr(joined, name, interleave_rows(*rows) if interleave else torch.cat(rows))
-    return joined
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        return self.down_proj(self.gate_up(input))
 
 
 def require_cuda(device: torch.device) -> None:
@@ -131,7 +132,8 @@ def require_cuda(device: torch.device) -> None:
 def use_cuda_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace the packed layers of `model` that a kernel computes, one after the other; one log line says which.
 
-    The packed bytes of a layer are freed before the next one is repacked: the model never has two copies.
+    Gate and up of a Llama-like MLP become one layer, SwiGLU in its epilogue.  The packed bytes of a layer are freed
+    before the next one is repacked: the model never has two copies.
 
     Args:
         model: on a CUDA device, with filled `PackedLinear` layers.
@@ -141,11 +143,23 @@ def use_cuda_kernels(model: nn.Module, dtype: torch.dtype) -> None:
         CompileError: a kernel cannot be compiled.
     """
     counts: Counter[str] = Counter()
+    for name in [name for name, module in model.named_modules() if type(module).__name__ in GATED_MLPS]:
+        mlp: Any = model.get_submodule(name)
+        gate, up = mlp.gate_proj, mlp.up_proj
+        if not isinstance(gate, PackedLinear) or not isinstance(mlp.act_fn, SiLUActivation):
+            continue
+        if why_separate([gate, up]) is None and _why_not(gate, dtype) is None:
+            model.set_submodule(name, GatedMlp(CudaLinear(by_turns(gate, up), dtype, swiglu=True), mlp.down_proj))
+            counts["CUDA kernels"] += 2
     for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
         layer = model.get_submodule(name)
         assert isinstance(layer, PackedLinear)
-        reason = why_not(layer.bits, layer.group_size, layer.in_features, dtype, False, layer.input_bits)
+        reason = _why_not(layer, dtype)
         counts["CUDA kernels" if reason is None else f"the slower reference ({reason})"] += 1
         if reason is None:
             model.set_submodule(name, CudaLinear(layer, dtype))
     log.info("backend cuda: %s", ", ".join(f"{n} layers on {kind}" for kind, n in counts.items()))
+
+
+def _why_not(layer: PackedLinear, dtype: torch.dtype) -> str | None:
+    return why_not(layer.bits, layer.group_size, layer.in_features, dtype, False, layer.input_bits)

@@ -1,11 +1,18 @@
 """Text from a model, piece by piece."""
 
+import logging
 from collections.abc import Iterator
 from threading import Event, Thread
 from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
+from transformers.generation.streamers import TextStreamer
+
+from qat.inference.decode import generate
+from qat.inference.llama import LlamaDecoder, fused_decoder
+
+log = logging.getLogger(__name__)
 
 
 def stream(
@@ -18,6 +25,9 @@ def stream(
     chat: bool = False,
 ) -> Iterator[str]:
     """Continue `prompt`, yielding text as soon as its words are complete.
+
+    A Llama-like model decodes over a static cache (`qat.inference.decode`), any other by transformers' `generate`;
+    greedy text is the same.
 
     Args:
         model: a transformers model, packed or not.
@@ -35,6 +45,77 @@ def stream(
         ValueError: `chat` without a chat template, or a prompt without a token.
     """
     inputs = _encode(tokenizer, prompt, chat).to(model.device)
+    decoder = fused_decoder(model)
+    if decoder is not None and (reason := _beyond(model, decoder, inputs["input_ids"].shape[1] + max_new_tokens)):
+        log.info("transformers generates, layer by layer: %s", reason)
+        decoder = None
+    if decoder is None:
+        return _by_transformers(model, tokenizer, inputs, max_new_tokens, temperature, top_p)
+    return _by_decoder(model, decoder, tokenizer, inputs, max_new_tokens, temperature, top_p)
+
+
+def _by_decoder(
+    model: Any,
+    decoder: LlamaDecoder,
+    tokenizer: Any,
+    inputs: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Iterator[str]:
+    streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    settings = model.generation_config
+    stop = settings.eos_token_id
+    tokens = generate(
+        decoder, inputs["input_ids"], max_new_tokens, stop=[stop] if isinstance(stop, int) else stop or [],
+        temperature=temperature, top_p=top_p, top_k=_TOP_K if settings.top_k is None else settings.top_k,
+    )  # fmt: skip
+    streamer.put(inputs["input_ids"])  # which it skips
+    for token in tokens:
+        streamer.put(token.cpu())
+        yield from streamer.take()
+    streamer.end()
+    yield from streamer.take()
+
+
+class _Pieces(TextStreamer):
+    """Keeps the pieces that transformers would print."""
+
+    kept: tuple[str, ...] = ()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.kept = (*self.kept, text)
+
+    def take(self) -> list[str]:
+        taken, self.kept = self.kept, ()
+        return [piece for piece in taken if piece]
+
+
+# What transformers samples from where a model's generation config does not say.
+_TOP_K = 50
+# Settings of a generation config that change which token comes next, and that the decode loop does not know.
+_UNKNOWN = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "bad_words_ids": None, "sequence_bias": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "guidance_scale": 1.0, "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None, "stop_strings": None, "watermarking_config": None,
+}  # fmt: skip
+
+
+def _beyond(model: Any, decoder: LlamaDecoder, tokens: int) -> str | None:
+    """What of a generation the decode loop does not do, or None."""
+    if decoder.window is not None and tokens > decoder.window:
+        return f"{tokens} tokens are more than the attention window of {decoder.window}"
+    for name, neutral in _UNKNOWN.items():
+        value = getattr(model.generation_config, name, None)
+        if value is not None and value != neutral:
+            return f"the generation config sets {name}"
+    return None
+
+
+def _by_transformers(
+    model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, temperature: float, top_p: float
+) -> Iterator[str]:
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else _GREEDY
     failure: list[BaseException] = []

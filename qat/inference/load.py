@@ -9,18 +9,27 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.initialization import no_init_weights
 
-from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256
+from qat.export.directory import SIDE_FILE, SIDE_VERSION, sha256, weights_file
 from qat.inference.cpu_backend import use_cpu_kernels
 from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
 from qat.inference.foreign import foreign_schemes
-from qat.inference.packed import PackedLinear
+from qat.inference.packed_layers import packed_layer
 from qat.inference.torch_backend import use_torch_operators
 from qat.kernels.build import BuildError
+from qat.kernels.pages import ask_for_huge_pages
 from qat.packing import pack
 from qat.scheme import QuantScheme
+from qat.structure import fold_batch_norms, owners, unfuse_experts
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +70,7 @@ def load_packed(
         require_cuda(torch.device(device))
     schemes = _schemes(directory)
     model = empty_model(directory, schemes, dtype)
-    _fill(model, directory / WEIGHTS, schemes)
+    _fill(model, weights_file(directory), schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
     model = model.eval().to(device)
@@ -86,13 +95,13 @@ def _use(backend: Backend, model: Any) -> None:
 
 def _schemes(directory: Path) -> dict[str, QuantScheme]:
     """The scheme of each quantized layer, once the weights are known to be those that were exported."""
-    for name in ("config.json", WEIGHTS):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory / name} is missing: not a directory that qat exported, or a partial copy")
+    for path in (directory / "config.json", weights_file(directory)):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: not a directory that qat exported, or a partial copy")
     if not (directory / SIDE_FILE).is_file():
         log.warning("%s has no %s: not written by qat, so that damage goes unnoticed", directory, SIDE_FILE)
         settings = json.loads((directory / "config.json").read_text()).get("quantization_config", {"config_groups": {}})
-        return foreign_schemes(directory / WEIGHTS, settings)
+        return foreign_schemes(weights_file(directory), settings)
     try:
         side = json.loads((directory / SIDE_FILE).read_text())
     except ValueError as error:
@@ -126,13 +135,19 @@ def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torc
         del config.quantization_config  # else transformers would dequantize
     # On the CPU and not on the meta device, because rotary frequencies and the like are computed in __init__
     # and stored nowhere; memory that nothing writes to is never paged in.
+    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageClassification
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+        model = kind.from_config(config, dtype=dtype or config.dtype)
+    model.tie_weights()
+    unfuse_experts(model, lambda experts: any(name.startswith(f"{experts}.") for name in schemes))
+    fold_batch_norms(model, schemes.__contains__)
     for name, scheme in schemes.items():
-        linear = model.get_submodule(name)
-        model.set_submodule(
-            name, PackedLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, model.dtype)
-        )
+        shared: dict[str, Tensor] = {}
+        for owner in owners(model, model.get_submodule(name).weight):  # type: ignore[arg-type]
+            packed = packed_layer(model.get_submodule(owner), scheme, model.dtype)
+            packed._buffers |= shared  # a table that embedding and output layer share
+            shared = {"packed": packed.packed, "scale": packed.scale}
+            model.set_submodule(owner, packed)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
@@ -141,8 +156,9 @@ def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torc
 @torch.no_grad()
 def _fill(model: Any, path: Path, schemes: Mapping[str, QuantScheme]) -> None:
     """Copy the tensors of the file into `model`, each to its place, and account for all of both."""
-    model.tie_weights()
     wanted = dict(model.state_dict(keep_vars=True))
+    for tensor in wanted.values():
+        ask_for_huge_pages(tensor)
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
         filled = set()

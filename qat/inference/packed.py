@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional import scale_dtype
-from qat.kernels import packed_linear
+from qat.kernels import packed_linear, pages
+from qat.kernels.cpu_layer import CpuLayer
 from qat.packing import words_of
 from qat.scheme import QuantScheme
 
@@ -30,6 +31,7 @@ class PackedLinear(nn.Module):
         ValueError: the group size does not divide `in_features`.
     """
 
+    rows = ("packed", "scale", "bias")  # outermost by outputs
     packed: Tensor
     scale: Tensor
     input_scale: Tensor | None
@@ -47,9 +49,11 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.backend = "reference"
+        self._resolved: CpuLayer | None = None
+        self._resolved_bias: Tensor | None = None
         words, groups = words_of(in_features, scheme.weight.bits), scheme.weight.groups(in_features)
         static = None if scheme.input is None or scheme.input.dynamic else scheme.input
-        self.register_buffer("packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer("packed", pages.empty(out_features, words, dtype=torch.int32, device=device))
         self.register_buffer(
             "scale", torch.empty(out_features, groups, dtype=scale_dtype(scheme.weight), device=device)
         )
@@ -73,8 +77,17 @@ class PackedLinear(nn.Module):
         """Inputs that share a scale; all of them for one scale a channel."""
         return self.scheme.weight.group_size or self.in_features
 
+    def kin(self) -> tuple[Any, ...]:
+        """What layers have in common that can be rows of one."""
+        static = None if self.input_scale is None else float(self.input_scale)
+        return self.in_features, self.scheme, self.backend, static
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the input's dtype."""
+        if self.backend == "cpu" and not torch.compiler.is_compiling():
+            layer = self.resolved(input.dtype)
+            if layer is not None and layer.takes(input):
+                return layer(input)
         spec = self.scheme.input
         return packed_linear(
             input,
@@ -89,6 +102,30 @@ class PackedLinear(nn.Module):
             "qmax" if spec is None else spec.absmax_rule,
             self.backend,
         )
+
+    def resolved(self, dtype: torch.dtype) -> CpuLayer | None:
+        """The layer for backend cpu and activations of `dtype`, with its addresses; None where no kernel takes it.
+
+        Made at the first call, and again where a tensor was replaced or moved.
+        """
+        layer, own = self._resolved, self._buffers
+        if layer is not None and layer.dtype is dtype:
+            packed, scale = own["packed"], own["scale"]
+            assert packed is not None and scale is not None
+            if (packed.data_ptr(), scale.data_ptr()) == layer.addresses[1:] and own["bias"] is self._resolved_bias:
+                return layer
+        self._resolved = None
+        try:
+            spec = self.scheme.input
+            rule = "qmax" if spec is None else spec.absmax_rule
+            self._resolved = CpuLayer(
+                self.packed, self.scale, self.bias, self.bits, self.group_size, self.input_bits, self.input_scale, rule,
+                in_features=self.in_features, dtype=dtype,
+            )  # fmt: skip
+        except ValueError:  # the operator says what it is
+            return None
+        self._resolved_bias = self.bias
+        return self._resolved
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         """Follow the model to another device, never to another dtype: a rounded scale is another model."""

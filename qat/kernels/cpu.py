@@ -31,7 +31,7 @@ MANY_TOKENS = 32
 TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
 MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
 # `Arguments` in csrc/cpu/library.cpp.  Packing them costs a third of what ctypes takes to convert twenty.
-ARGUMENTS = Struct("@5P5q7i2f4x")
+ARGUMENTS = Struct("@6P5q7i2f4x")
 
 
 class Kernels:
@@ -49,6 +49,12 @@ class Kernels:
         self.dequantize = library.qat_dequantize
         self.dequantize.argtypes = [pointer] * 3 + [size] * 4 + [number] * 5
         self.dequantize.restype = None
+        # Of what lies between linear layers (decode.h); qat.kernels.cpu_decode makes their arguments.
+        self.norm, self.rotary, self.attend, self.gate = (
+            getattr(library, f"qat_{name}") for name in ("norm", "rotary", "attend", "gate")
+        )
+        for function in (self.norm, self.rotary, self.attend, self.gate):
+            function.argtypes = [ctypes.c_char_p, number]
         self.isa = library.qat_cpu_isa() if isa is None else isa
 
 
@@ -139,8 +145,8 @@ def packed_linear(
         divisor = input_spec(input_bits, input_rule).absmax_divisor
     failed = use.linear(
         ARGUMENTS.pack(
-            x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(), packed.data_ptr(), scale.data_ptr(),
-            tokens, out_features, in_features, group_size, 4 * words,
+            x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,  # no residual
+            packed.data_ptr(), scale.data_ptr(), tokens, out_features, in_features, group_size, 4 * words,
             bits, TYPES[dtype], TYPES[scale.dtype], mode, input_bits, use.isa, torch.get_num_threads(),
             static, divisor,
         )

@@ -161,7 +161,7 @@ def tiled_linear(
         CompileError: the kernel cannot be compiled.
     """
     layer = check_tiled(x, tiles, scale, bias, bits, group_size, out_features)
-    _check_epilogue((*x.shape[:-1], out_features), x.dtype, residual, swiglu)
+    _check_epilogue(x, (*x.shape[:-1], out_features), x.dtype, residual, swiglu)
     rows = padded_rows(x.reshape(-1, layer.k))
     if len(rows) <= MEDIUM_TOKENS:
         out = _multiply(rows, None, tiles, scale, bias, residual, swiglu, layer)
@@ -203,7 +203,7 @@ def tiled_linear_int8(
         CompileError: the kernel cannot be compiled.
     """
     layer = check_tiled_int8(codes, token_scale, tiles, scale, bias, bits, group_size, out_features, dtype)
-    _check_epilogue((*codes.shape[:-1], out_features), dtype, residual, swiglu)
+    _check_epilogue(codes, (*codes.shape[:-1], out_features), dtype, residual, swiglu)
     rows = padded_codes(codes.reshape(-1, layer.stride))
     out = _multiply(rows, token_scale.reshape(-1).contiguous(), tiles, scale, bias, residual, swiglu, layer)
     return out.reshape(*codes.shape[:-1], out.shape[-1])
@@ -222,7 +222,7 @@ def _fake(
     swiglu: bool = False,
 ) -> Tensor:
     check_tiled(x, tiles, scale, bias, bits, group_size, out_features)
-    _check_epilogue((*x.shape[:-1], out_features), x.dtype, residual, swiglu)
+    _check_epilogue(x, (*x.shape[:-1], out_features), x.dtype, residual, swiglu)
     return x.new_empty(*x.shape[:-1], out_features // (1 + swiglu))
 
 
@@ -241,7 +241,7 @@ def _fake_int8(
     swiglu: bool = False,
 ) -> Tensor:
     check_tiled_int8(codes, token_scale, tiles, scale, bias, bits, group_size, out_features, dtype)
-    _check_epilogue((*codes.shape[:-1], out_features), dtype, residual, swiglu)
+    _check_epilogue(codes, (*codes.shape[:-1], out_features), dtype, residual, swiglu)
     return codes.new_empty(*codes.shape[:-1], out_features // (1 + swiglu), dtype=dtype)
 
 
@@ -258,7 +258,7 @@ def check_tiled(
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"qat::tiled_linear: group_size {group_size} does not divide {x.shape[-1]} inputs")
     layer = Layer(out_features, x.shape[-1], bits, group_size, x.dtype, scale.dtype)
-    _check_weight(layer, tiles, scale, bias)
+    _check_weight(layer, tiles, scale, bias, x.device)
     return layer
 
 
@@ -282,37 +282,46 @@ def check_tiled_int8(
     if reason := why_not(bits, group_size, in_features, dtype, False, 8):
         raise ValueError(f"qat::tiled_linear_int8: no kernel for {reason}")
     layer = Layer(out_features, in_features, bits, group_size, dtype, scale.dtype, True)
-    _check_weight(layer, tiles, scale, bias)
-    _expect("codes", codes, (*codes.shape[:-1], layer.stride), (torch.int8,))
-    _expect("token_scale", token_scale, tuple(codes.shape[:-1]), (torch.float32,))
+    _check_weight(layer, tiles, scale, bias, codes.device)
+    _expect("codes", codes, (*codes.shape[:-1], layer.stride), (torch.int8,), codes.device)
+    _expect("token_scale", token_scale, tuple(codes.shape[:-1]), (torch.float32,), codes.device)
     return layer
 
 
-def _check_weight(layer: Layer, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    _expect("tiles", tiles, (layer.tile_words,), (torch.int32,))
-    _expect("scale", scale, (layer.row_tiles, layer.groups, 16), (layer.dtype, torch.float32))
+def _check_weight(layer: Layer, tiles: Tensor, scale: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    _expect("tiles", tiles, (layer.tile_words,), (torch.int32,), device)
+    _expect("scale", scale, (layer.row_tiles, layer.groups, 16), (layer.dtype, torch.float32), device)
     if bias is not None:
-        _expect("bias", bias, (layer.n,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+        _expect("bias", bias, (layer.n,), (torch.float16, torch.bfloat16, torch.float32, torch.float64), device)
 
 
-def _check_epilogue(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None, swiglu: bool) -> None:
+def _check_epilogue(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None, swiglu: bool
+) -> None:
     if swiglu and (residual is not None or shape[-1] % 2):
         raise ValueError(
             f"qat::tiled_linear: swiglu takes an even number of rows and no residual, got {shape[-1]} rows"
         )
-    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != dtype):
+    if residual is not None and (
+        tuple(residual.shape) != shape or residual.dtype != dtype or residual.device != like.device
+    ):
         raise ValueError(
-            f"qat::tiled_linear: residual must be {dtype} of shape {shape}, "
-            f"got {residual.dtype} {tuple(residual.shape)}"
+            f"qat::tiled_linear: residual must be {dtype} of shape {shape} on {like.device}, "
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
         )
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def _expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Refuse an operand that a kernel would misread: it sees an address alone."""
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
         raise ValueError(
             f"qat::tiled_linear: {name} must be contiguous {' or '.join(map(str, dtypes))} of shape {shape}, "
             f"got {tensor.dtype} {tuple(tensor.shape)}"
         )
+    if tensor.device != device:
+        raise ValueError(f"qat::tiled_linear: {name} is on {tensor.device}, the activations on {device}: move one")
 
 
 def dense(tiles: Tensor, scale: Tensor, layer: Layer) -> Tensor:
@@ -345,6 +354,9 @@ def _multiply(
     out = rows.new_empty(m, layer.n // (1 + swiglu), dtype=layer.dtype)
     if not out.numel():
         return out
+    for name, tensor in (("tiles", tiles), ("scale", scale)):
+        if tensor.data_ptr() % 16:  # loaded 16 bytes at a time
+            raise ValueError(f"qat::tiled_linear: {name} must start at a multiple of 16 bytes: clone it")
     bias = None if bias is None else bias.to(layer.dtype).contiguous()
     residual = None if residual is None else residual.contiguous()
     chosen = plan(layer, m, device.multiprocessors(rows.device))

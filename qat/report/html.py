@@ -104,7 +104,7 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
         title = "Predicted cost of the whole model by its size, millinats per token"
         plots.append(("frontier", title, _draw_frontier, 3.1))
     if any(row["loss"] is not None for row in summary["train_history"]):
-        plots.append(("train", "Loss of the training batches, nats per token", _draw_train, 3.1))
+        plots.append(("train", "What training minimised, nats per token", _draw_train, 3.1))
     if shrinkage(summary):
         plots.append(("bytes", "Size", _draw_bytes, 1.3))
     return [_plot(name, title, draw, height, summary) for name, title, draw, height in plots]
@@ -305,7 +305,8 @@ def _draw_frontier(axes: Any, summary: dict[str, Any]) -> str:
     _logarithmic(axes, "y")
     _axes(axes, "bits a weight, scales included", grid="both")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1.6)
-    return f"Sums of what the groups cost alone ({summary['objective']}): a ranking, not a forecast. Calibration split."
+    metric = summary["sensitivity_metric"]
+    return f"Sums of what the groups cost alone ({metric}): a ranking, not a forecast. Calibration split."
 
 
 def _logarithmic(axes: Any, axis: str) -> None:

@@ -17,8 +17,8 @@ FILE = "summary.json"
 
 # What a missing key means.  Tuples are read as "one of these types".
 _TEXT = (
-    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "control_ptq_calibration", "export_dir",
-    "objective",
+    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "control_ptq_calibration",
+    "export_dir", "sensitivity_metric",
 )  # fmt: skip
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",

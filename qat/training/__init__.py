@@ -1,5 +1,7 @@
 """How weights and scales learn."""
 
+from qat.training.distillation import divergence
+from qat.training.lora import add_adapters, load_adapter, save_adapter
 from qat.training.parameters import parameter_groups, scale_parameters
 
-__all__ = ["parameter_groups", "scale_parameters"]
+__all__ = ["add_adapters", "divergence", "load_adapter", "parameter_groups", "save_adapter", "scale_parameters"]

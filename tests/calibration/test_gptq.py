@@ -266,10 +266,12 @@ def test_a_layer_that_no_token_reaches_is_named():
         GPTQ()(model, lambda: model(torch.randn(4, 8)))
 
 
-def test_a_quantizer_outside_linear_layers_is_refused_with_the_remedy(tiny_llama):
+def test_a_quantizer_outside_a_known_layer_is_refused_with_the_remedy(tiny_llama):
     model = inserted(tiny_llama())
     model.model.embed_tokens.weight_quantizer = layers(model)["model.layers.0.mlp.up_proj"].weight_quantizer
-    with pytest.raises(ValueError, match=r"gptq treats linear layers, and model.embed_tokens is a Embedding: leave it"):
+    with pytest.raises(
+        ValueError, match=r"gptq treats the layers of qat.nn, and model.embed_tokens is a Embedding: leave it"
+    ):
         GPTQ().check(model)
 
 

@@ -8,7 +8,8 @@ from test_equalization import W8A8, biased_qwen2, hostile
 from qat.calibration import RangeCalibration, Rotation
 from qat.calibration.rotation import hadamard, rotate
 from qat.fake_quantizer import Stage
-from qat.insertion import set_stage, untie
+from qat.insertion import set_stage
+from qat.structure import untie
 
 MSE = RangeCalibration("mse")
 

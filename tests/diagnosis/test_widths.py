@@ -103,11 +103,11 @@ def test_the_smallest_budget_that_a_refusal_names_is_accepted(tiny_llama):
         ({"group_size": 48}, "group_size 48 does not divide 128 inputs"),
         ({"widths": [4, 9]}, "bits must be an integer from 2 to 8, got 9"),
         ({"widths": [4, 4]}, "quant.widths must be different widths"),
-        ({"objective": "luck"}, "quant.objective must be kl, loss or fisher"),
+        ({"metric": "luck"}, "quant.metric must be kl, loss or fisher"),
         ({"calibration": AWQ()}, "AWQ moves factors between layers"),
         ({"windows": 0}, "quant.windows must be at least 1"),
     ],
-    ids=["ignored typo", "together typo", "group size", "width", "same widths", "objective", "calibration", "windows"],
+    ids=["ignored typo", "together typo", "group size", "width", "same widths", "metric", "calibration", "windows"],
 )
 def test_settings_that_cannot_be_meant_are_refused(options, said, tiny_llama):
     with pytest.raises(ValueError, match=said):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from qat.inference import PackedLinear
-from qat.inference.cuda_backend import CudaLinear, join_rows, require_cuda, use_cuda_kernels
+from qat.inference.cuda_backend import CudaLinear, require_cuda, use_cuda_kernels
+from qat.inference.fusion import by_turns
 from qat.kernels import cuda, device
 
 
@@ -67,18 +68,20 @@ def test_quantized_activations_go_through_quantization_and_the_int8_kernel(schem
     assert launches[2][1][5].data_ptr() == residual.data_ptr()
 
 
-def test_layers_of_one_input_are_joined_below_each_other_or_by_turns(scheme):
+def test_gate_and_up_lie_by_turns(scheme):
     gate, up = (PackedLinear(128, 24, scheme("w4a8-g64"), True, torch.bfloat16) for _ in range(2))
     for value, layer in ((1, gate), (2, up)):
         for buffer in layer.buffers():
             buffer.fill_(value)
-    below, turns = join_rows([gate, up]), join_rows([gate, up], interleave=True)
-    assert below.packed[:, 0].tolist() == [1] * 24 + [2] * 24
+    turns = by_turns(gate, up)
     for name in ("packed", "scale", "bias"):
         assert getattr(turns, name).reshape(48, -1)[:, 0].tolist() == [1, 2] * 24
+        assert (getattr(gate, name) == 1).all()
     assert turns.out_features == 48 and turns.packed.shape == (48, 16)
-    with pytest.raises(ValueError, match="cannot be one"):
-        join_rows([gate, PackedLinear(128, 24, scheme("w4a16-g64"), True)])
+    with pytest.raises(ValueError, match="several schemes or static scales"):
+        by_turns(gate, PackedLinear(128, 24, scheme("w4a16-g64"), True))
+    with pytest.raises(ValueError, match="several sizes"):
+        by_turns(gate, PackedLinear(128, 32, scheme("w4a8-g64"), True))
 
 
 def test_a_device_without_kernels_is_refused():

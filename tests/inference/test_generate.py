@@ -15,7 +15,15 @@ def packed_stories(stories_directory, scheme, quantize_model, tmp_path):
     return load_packed(tmp_path / "m")
 
 
-def test_the_stream_is_what_generate_writes(packed_stories):
+@pytest.fixture
+def by_transformers(monkeypatch):
+    monkeypatch.setattr("qat.inference.generate.fused_decoder", lambda model: None)
+
+
+@pytest.mark.parametrize("path", ["decoder", "transformers"])
+def test_the_stream_is_what_generate_writes(path, packed_stories, request):
+    if path == "transformers":
+        request.getfixturevalue("by_transformers")
     model, tokenizer = packed_stories
     prompt = tokenizer("Once upon a time", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
@@ -32,7 +40,7 @@ def test_sampling_follows_the_seed(packed_stories):
     assert sample(0) == sample(0) != sample(1)
 
 
-def test_an_abandoned_stream_stops(packed_stories):
+def test_an_abandoned_stream_stops(packed_stories, by_transformers):
     model, tokenizer = packed_stories
     steps = []
     model.register_forward_pre_hook(lambda module, args: steps.append(1))
@@ -42,7 +50,7 @@ def test_an_abandoned_stream_stops(packed_stories):
     assert len(steps) < 200
 
 
-def test_a_failure_while_generating_reaches_the_reader(packed_stories):
+def test_a_failure_while_generating_reaches_the_reader(packed_stories, by_transformers):
     model, tokenizer = packed_stories
     model.forward = None
     with pytest.raises(TypeError):

@@ -1,10 +1,12 @@
 // The AVX512 instructions that the kernels use, emulated by SIMDe on machines without them: proves the arithmetic,
 // says nothing about speed.  Names are given one by one, because the compiler's own header has defined its versions.
+#include <simde/x86/avx512/cast.h>
 #include <simde/x86/avx512/dpbusd.h>
 #include <simde/x86/avx512/fmadd.h>
 #include <simde/x86/avx512/loadu.h>
 #include <simde/x86/avx512/permutexvar.h>
 #include <simde/x86/avx512/setr.h>
+#include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/srli.h>
 #include <simde/x86/avx512/storeu.h>
 #include <simde/x86/avx512/sub.h>
@@ -15,6 +17,7 @@
 #define __m512 simde__m512
 #define __m512i simde__m512i
 #define _mm512_and_si512 simde_mm512_and_si512
+#define _mm512_castsi512_ps simde_mm512_castsi512_ps
 #define _mm512_dpbusd_epi32 simde_mm512_dpbusd_epi32
 #define _mm512_fmadd_ps simde_mm512_fmadd_ps
 #define _mm512_loadu_ps simde_mm512_loadu_ps
@@ -24,6 +27,7 @@
 #define _mm512_set1_epi8 simde_mm512_set1_epi8
 #define _mm512_setr_ps simde_mm512_setr_ps
 #define _mm512_setzero_ps simde_mm512_setzero_ps
+#define _mm512_slli_epi32 simde_mm512_slli_epi32
 #define _mm512_srli_epi16 simde_mm512_srli_epi16
 #define _mm512_srli_epi32 simde_mm512_srli_epi32
 #define _mm512_storeu_si512 simde_mm512_storeu_si512

@@ -1,49 +1,19 @@
 """The CPU kernels against the reference.  The AVX512 path runs under emulation where the processor lacks it."""
 
-import ctypes
 import itertools
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from qat.functional import dequantize
-from qat.kernels import build, cpu, packed_linear, reference
+from qat.kernels import cpu, packed_linear, reference
 from qat.packing import pack
 
-HERE = Path(__file__).parent
 SCHEMES = {"w4a16": (4, 0), "w8a16": (8, 0), "w4a8": (4, 8), "w8a8": (8, 8)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["portable", "avx2", "avx512"]
 # (group size, inputs): whole and cut blocks, one group, several; 0 is one scale a channel.
 SHAPES = [(32, 32), (32, 96), (64, 192), (128, 384), (256, 768), (0, 1), (0, 37), (0, 100), (0, 1024), (0, 1031)]
 TOKENS = (1, 2, 5, 16, 33)
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The AVX512 path in plain C++ and AVX2, or None where SIMDe's headers or AVX2 are missing."""
-    path = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    flags = ["-O1", "-DQAT_SIMDE", "-mavx2", "-mfma", "-mf16c", f"-I{HERE}"]
-    command = [*build.compiler(), *build.FLAGS.split(), *flags, str(build.SOURCES / "library.cpp"), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 or "simde/x86" in done.stderr, done.stderr
-    return ctypes.CDLL(str(path)) if done.returncode == 0 else None
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request, library):
-    has = cpu.Kernels(library).isa
-    wanted = ISAS.index(request.param)
-    if wanted <= has:
-        return cpu.Kernels(library, wanted)
-    if has < 1:
-        pytest.skip("this processor has no AVX2")
-    emulation = request.getfixturevalue("emulated")
-    if emulation is None:
-        pytest.skip("this processor has no AVX512-VNNI, and its emulation needs SIMDe's headers (libsimde-dev)")
-    return cpu.Kernels(emulation)
 
 
 def layer(bits: int, group: int, inputs: int, outputs: int = 7, scale=None, dtype=torch.float32) -> tuple:

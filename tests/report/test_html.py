@@ -34,7 +34,7 @@ FULL = SMALL | {
                     for i in range(2) for n in ("q_proj+k_proj", "down_proj") for b in (2, 4, 8)],
     "frontier": [{"name": "best", "bits": b, "predicted": 4.0**-b} for b in (2.1, 4.1, 8.1)]
     + [{"name": "4 bits", "bits": 4.1, "predicted": 0.02}, {"name": "chosen", "bits": 4.0, "predicted": 0.01}],
-    "budget_bits": 4.0, "objective": "kl",
+    "budget_bits": 4.0, "sensitivity_metric": "kl",
     "stages": {"control": 120.0}, "versions": {"torch": "2.13.0+cpu"}, "control_ptq_calibration": "weighted_mse",
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 // What all kernels share: a call's arguments, number formats, threads.  No torch, no exceptions.
 #pragma once
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -10,13 +11,15 @@ namespace qat {
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Input : int { kAsIs = 0, kDynamic = 1, kStatic = 2 };
 
-// y (m, n) = fq(x) (m, k) @ dequantize(packed) (n, k).T + bias (n); as qat/kernels/reference.py computes it.
+// y (m, n) = residual (m, n) + fq(x) (m, k) @ dequantize(packed) (n, k).T + bias (n); as qat/kernels/reference.py
+// computes it: rounded to x's type, and again after the residual is added.
 struct Job {
   const void* x;
   void* y;
   const void* bias;       // x's type, or null
-  const uint8_t* packed;  // (n, row_bytes): qat/packing.py draws a row
-  const void* scale;      // (n, k / group)
+  const void* residual;   // x's type, or null; may be y
+  const uint8_t* packed;  // (n, row_bytes): qat/packing.py draws a row; bfloat16 where bits is 16
+  const void* scale;      // (n, k / group); null for ones
   int64_t m, n, k, group, row_bytes;
   int bits;
   Type x_type, scale_type;
@@ -32,6 +35,43 @@ struct Job {
   void* prepared;      // (m, blocks * block): activations in the order in which the kernel meets the codes
   int32_t* start;      // (m, spans, lanes): what integer sums start from
   float* token_scale;  // (m)
+};
+
+// What a decoder does to one token of each row between linear layers (decode.h), in the order of the structs in
+// qat/kernels/cpu_decode.py.  Tensors are contiguous and of `type`.
+struct Norm {  // y = weight * rounded(x / rms(x)), rounded
+  const void *x, *weight;
+  void* y;
+  int64_t m, k;
+  int32_t type;
+  float epsilon;
+};
+
+struct Heads {
+  int64_t batch, heads, kv_heads, head_dim, capacity;
+  const int64_t *slot, *start;  // (1) where the token goes; (batch) the first slot that is not padding
+};
+
+struct Rotary {  // query (batch, heads, head_dim) and the token's slot of keys, values (batch, kv_heads, capacity, head_dim)
+  const void *qkv, *cos, *sin;  // (batch, heads + 2 kv_heads, head_dim); (positions, head_dim)
+  void *query, *keys, *values;
+  Heads shape;
+  int32_t type, unused;
+};
+
+struct Attend {  // out (batch, heads, head_dim), from slot `start` to `slot`
+  const void *query, *keys, *values;
+  void* out;
+  Heads shape;
+  int32_t type, threads;
+  float scale, unused;
+};
+
+struct Gate {  // y (m, n) = silu(gate) * up, each rounded; gate_up (m, 2 n)
+  const void* gate_up;
+  void* y;
+  int64_t m, n;
+  int32_t type, threads;
 };
 
 // -- number formats ---------------------------------------------------------------------------------------------
@@ -85,6 +125,12 @@ inline float load_as_float(const void* data, Type type, int64_t i) {
 inline void store_float(void* data, Type type, int64_t i, float value) {
   if (type == kFloat32) static_cast<float*>(data)[i] = value;
   else static_cast<uint16_t*>(data)[i] = type == kBFloat16 ? to_bfloat16(value) : to_float16(value);
+}
+
+// A float as `type` holds it.
+inline float rounded(float value, Type type) {
+  if (type == kFloat32) return value;
+  return type == kBFloat16 ? from_bfloat16(to_bfloat16(value)) : from_float16(to_float16(value));
 }
 
 // -- threads ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 //   weight_only.h   W4A16, W8A16        prepare.h      activations for a kernel
 //   int8_input.h    W4A8, W8A8          linear.h       rows, tokens, spans, blocks
 //   dequantize.h    tiles of weights    vector.h       float vectors
+//   decode.h        what a decoder does between linear layers
 //
 // The headers are compiled once for each instruction set, in a namespace of its own; a call says which one it wants,
 // and `qat_cpu_isa` says what this machine has.  The speed of the AVX512 path was not measured: its arithmetic is
@@ -37,6 +38,7 @@ namespace portable {
 #include "int8_input.h"
 #include "prepare.h"
 #include "linear.h"
+#include "decode.h"
 #undef QAT_ISA
 }  // namespace portable
 
@@ -51,6 +53,7 @@ namespace avx2 {
 #include "int8_input.h"
 #include "prepare.h"
 #include "linear.h"
+#include "decode.h"
 #undef QAT_ISA
 }  // namespace avx2
 QAT_END
@@ -65,6 +68,7 @@ namespace avx512 {
 #include "int8_input.h"
 #include "prepare.h"
 #include "linear.h"
+#include "decode.h"
 #undef QAT_ISA
 }  // namespace avx512
 #if !defined(QAT_SIMDE)
@@ -96,12 +100,12 @@ QAT_EXPORT int qat_cpu_isa() {
 
 // As in Job (common.h), in the order and types of ARGUMENTS in qat/kernels/cpu.py.
 struct Arguments {
-  const void *x, *y, *bias, *packed, *scale;
+  const void *x, *y, *bias, *residual, *packed, *scale;
   int64_t m, n, k, group, row_bytes;
   int32_t bits, x_type, scale_type, input, input_bits, isa, threads;
   float input_scale, divisor;
 };
-static_assert(sizeof(Arguments) == 5 * sizeof(void*) + 40 + 36 + 4, "ARGUMENTS in qat/kernels/cpu.py");
+static_assert(sizeof(Arguments) == 6 * sizeof(void*) + 40 + 36 + 4, "ARGUMENTS in qat/kernels/cpu.py");
 
 // Returns 0, or 1 where memory ran out.
 QAT_EXPORT int qat_linear(const void* arguments) {
@@ -109,7 +113,7 @@ QAT_EXPORT int qat_linear(const void* arguments) {
   Arguments a;
   std::memcpy(&a, arguments, sizeof a);
   Job job{};
-  job.x = a.x, job.y = const_cast<void*>(a.y), job.bias = a.bias;
+  job.x = a.x, job.y = const_cast<void*>(a.y), job.bias = a.bias, job.residual = a.residual;
   job.packed = static_cast<const uint8_t*>(a.packed), job.scale = a.scale;
   job.m = a.m, job.n = a.n, job.k = a.k, job.group = a.group, job.row_bytes = a.row_bytes, job.bits = a.bits;
   job.x_type = Type(a.x_type), job.scale_type = Type(a.scale_type), job.input = Input(a.input);
@@ -135,3 +139,21 @@ QAT_EXPORT void qat_dequantize(const void* packed, const void* scale, void* out,
            threads);
 }
 
+
+// The functions of decode.h: their struct's address, and the instruction set.  They return 0, or 1 where memory ran out.
+#if defined(QAT_X86)
+#define QAT_BY_ISA(call) return isa == 2 ? avx512::call : isa == 1 ? avx2::call : portable::call
+#else
+#define QAT_BY_ISA(call) return portable::call
+#endif
+#define QAT_DECODE(name, Struct)                            \
+  QAT_EXPORT int name(const void* arguments, int isa) {     \
+    using namespace qat;                                    \
+    Struct a;                                               \
+    std::memcpy(static_cast<void*>(&a), arguments, sizeof a); \
+    QAT_BY_ISA(run(a));                                     \
+  }
+QAT_DECODE(qat_norm, Norm)
+QAT_DECODE(qat_rotary, Rotary)
+QAT_DECODE(qat_attend, Attend)
+QAT_DECODE(qat_gate, Gate)

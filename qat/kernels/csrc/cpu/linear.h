@@ -63,7 +63,8 @@ struct Rows {
     const int64_t groups = job.k / job.group;
     for (int64_t n = first; n < last; n++) {
       float* to = scales + (n - first) * job.scale_stride;
-      for (int64_t g = 0; g < groups; g++) to[g] = load_as_float(job.scale, job.scale_type, n * groups + g);
+      if (job.scale) load_floats(job.scale, job.scale_type, n * groups, groups, to);
+      else to[0] = 1.0f;
       for (int64_t g = groups; g < job.scale_stride; g++) to[g] = 0.0f;
     }
     int32_t index[kLanes];
@@ -95,7 +96,9 @@ struct Rows {
         float value = out[r * T + t];
         if constexpr (S::offset != 0) value *= job.token_scale[m + t];
         if (job.bias) value += load_as_float(job.bias, job.x_type, n + r);
-        store_float(job.y, job.x_type, (m + t) * job.n + n + r, value);
+        const int64_t at = (m + t) * job.n + n + r;
+        if (job.residual) value = load_as_float(job.residual, job.x_type, at) + rounded(value, job.x_type);
+        store_float(job.y, job.x_type, at, value);
       }
   }
 };
@@ -128,6 +131,7 @@ int linear(Job job) {
 }
 
 inline int linear_of(const Job& job) {
+  if (job.bits == 16) return linear<BF16>(job);
   if (job.input == kAsIs) return job.bits == 4 ? linear<W4A16>(job) : linear<W8A16>(job);
   return job.bits == 4 ? linear<W4A8>(job) : linear<W8A8>(job);
 }

@@ -2,25 +2,22 @@
 // Reference: quantized_input in qat/kernels/reference.py, dynamic_scale and quantize in qat/functional.py.
 // Included once for each instruction set (see vector.h).
 
-inline void load_row_part(const Job& job, int64_t at, int count, float* to) {
-#if QAT_ISA > 0
-  if (job.x_type == kFloat16) {
-    const uint16_t* halves = static_cast<const uint16_t*>(job.x) + at;
-    int i = 0;
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
-    for (; i < count; i++) to[i] = from_float16(halves[i]);
+inline void load_floats(const void* data, Type type, int64_t at, int64_t count, float* to) {
+  int64_t i = 0;
+  if (type == kFloat32) {
+    std::memcpy(to, static_cast<const float*>(data) + at, size_t(count) * 4);
     return;
   }
-#endif
-  if (job.x_type == kBFloat16) {
-    const uint16_t* halves = static_cast<const uint16_t*>(job.x) + at;
-    for (int i = 0; i < count; i++) to[i] = from_bfloat16(halves[i]);
-  } else if (job.x_type == kFloat32) {
-    std::memcpy(to, static_cast<const float*>(job.x) + at, size_t(count) * 4);
-  } else {
-    for (int i = 0; i < count; i++) to[i] = load_as_float(job.x, job.x_type, at + i);
+  const uint16_t* halves = static_cast<const uint16_t*>(data) + at;
+  if (type == kBFloat16) {
+    for (; i < count; i++) to[i] = from_bfloat16(halves[i]);
+    return;
   }
+#if QAT_ISA > 0
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
+#endif
+  for (; i < count; i++) to[i] = from_float16(halves[i]);
 }
 
 template <class S>
@@ -39,7 +36,7 @@ struct Prepare {
   int load(int64_t m, int64_t block, float* values) const {
     const int64_t begin = block * S::block, left = job.k - begin;
     const int count = left < S::block ? int(left) : S::block;
-    load_row_part(job, m * job.k + begin, count, values);
+    load_floats(job.x, job.x_type, m * job.k + begin, count, values);
     for (int i = count; i < S::block; i++) values[i] = 0.0f;
     return count;
   }

@@ -1,4 +1,5 @@
 // W4A16 and W8A16: integer weights times float activations.  Reference: packed_linear in qat/kernels/reference.py.
+// BF16: bfloat16 weights, exactly, times float activations, summed in float32; for layers that are not quantized.
 //
 // A row of `packed` holds u = q + 2^(bits-1), lowest first (qat/packing.py):
 //
@@ -42,17 +43,30 @@ struct W8A16 : FloatSums {
   }
 };
 
+struct BF16 : FloatSums {
+  static constexpr int bytes = 64;
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    for (int i = 0; i < 32; i++)
+      for (int t = 0; t < T; t++) sums[t] += from_bfloat16(uint16_t(w[2 * i] | w[2 * i + 1] << 8)) * x[t * x_row + i];
+  }
+};
+
 #elif QAT_ISA == 1
 
+// Two vectors a sum: a chain of multiply-adds, each waiting for the one before, is half as long.
 struct FloatSums {
   using In = float;
-  using Sum = __m256;
+  struct Sum {
+    __m256 part[2];
+  };
   static constexpr int offset = 0;
-  static Sum start(const int32_t*) { return _mm256_setzero_ps(); }
-  static Vec to_float(Sum s) { return s; }
+  static Sum start(const int32_t*) { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static Vec to_float(Sum s) { return _mm256_add_ps(s.part[0], s.part[1]); }
   template <int T>
-  static void add(Sum (&sums)[T], __m256 q, const In* x, int64_t x_row) {
-    for (int t = 0; t < T; t++) sums[t] = _mm256_fmadd_ps(q, _mm256_load_ps(x + t * x_row), sums[t]);
+  static void add(Sum (&sums)[T], int part, __m256 q, const In* x, int64_t x_row) {
+    for (int t = 0; t < T; t++)
+      sums[t].part[part] = _mm256_fmadd_ps(q, _mm256_load_ps(x + t * x_row), sums[t].part[part]);
   }
 };
 
@@ -91,8 +105,8 @@ struct W4A16 : FloatSums {
   template <int T>
   static void pairs(Sum (&sums)[T], __m256i two, const In* x, int64_t x_row) {
     const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-    add(sums, _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), x, x_row);
-    add(sums, _mm256_castsi256_ps(_mm256_and_si256(two, odd)), x + 8, x_row);
+    add(sums, 0, _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), x, x_row);
+    add(sums, 1, _mm256_castsi256_ps(_mm256_and_si256(two, odd)), x + 8, x_row);
   }
 };
 
@@ -103,8 +117,19 @@ struct W8A16 : FloatSums {
   static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
     for (int i = 0; i < 4; i++) {
       const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + 8 * i)));
-      add(sums, _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(128))), x + 8 * i, x_row);
+      add(sums, i % 2, _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(128))), x + 8 * i, x_row);
     }
+  }
+};
+
+// A 32-bit word is two bfloat16: the even one shifted up is a float, and so is the odd one with the even masked off.
+struct BF16 : FloatSums {
+  static constexpr int block = 32, bytes = 64;
+  static int position(int i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    for (int i = 0; i < 2; i++)
+      W4A16::pairs(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * i)), x + 16 * i, x_row);
   }
 };
 
@@ -145,6 +170,17 @@ struct W8A16 : FloatSums {
       const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * i)));
       add(sums, _mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(128))), x + 16 * i, x_row);
     }
+  }
+};
+
+struct BF16 : FloatSums {
+  static constexpr int block = 32, bytes = 64;
+  static int position(int i) { return i % 2 * 16 + i / 2; }
+  template <int T>
+  static void step(Sum (&sums)[T], const uint8_t* w, const In* x, int64_t x_row) {
+    const __m512i two = _mm512_loadu_si512(w), odd = _mm512_set1_epi32(int(0xffff0000));
+    add(sums, _mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), x, x_row);
+    add(sums, _mm512_castsi512_ps(_mm512_and_si512(two, odd)), x + 16, x_row);
   }
 };
 

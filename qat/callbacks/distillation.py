@@ -1,0 +1,190 @@
+"""Distillation as a callback: the module's own loss is mixed with, or replaced by, its distance from the float model.
+
+The module it works on knows nothing of it.  The part that is distilled is watched while `training_step` runs, and the
+teacher is called with what that part was called with.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+
+from qat.callbacks.batches import after
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.insertion import layers
+from qat.training import divergence
+
+
+class Distillation(L.Callback):
+    """Trains a quantized model towards the distribution of a float one.
+
+    The loss is (1 - weight) * what `training_step` returns + weight * T² KL(teacher || student) in nats, over the rows
+    whose label is known (arXiv 1503.02531; from the model's own float weights: arXiv 2305.17888, section 2.2).  Comes
+    before `QuantizationAwareTraining` in the trainer's callbacks.  Logs `train/kl`.
+
+    Args:
+        weight: share of the divergence, from 0 (the module's own loss alone; nothing is held in memory) to 1.
+        temperature: T of `qat.training.divergence`.
+        submodule: dotted name of the part of the LightningModule that returns logits, as a tensor (..., classes) or as
+            an object with `logits`; `training_step` calls it once.
+        teacher: a float model with the same classes, called as that part is.  By default a frozen copy of that part as
+            it is before anything is quantized; it is never in a checkpoint, so a resumed run needs the same weights
+            to start from (`train.py` sees to that).
+        dtype: of the teacher's parameters, such as `bfloat16`; by default as the model trains.
+        device: of the teacher; by default the model's.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        submodule: str = "model",
+        teacher: nn.Module | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+    ):
+        if not 0 <= weight <= 1:
+            raise ValueError(f"the weight of distillation must be in [0, 1], got {weight}")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"the temperature of distillation must be positive, got {temperature}")
+        if not submodule:
+            raise ValueError("distillation needs the name of the part that returns logits, such as submodule=model")
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"distillation's dtype must be one of torch's, such as bfloat16, got {dtype}")
+        self.weight, self.temperature, self.submodule = weight, temperature, submodule
+        self.teacher, self.dtype, self.device = teacher, dtype, device
+
+    def check(self, pl_module: L.LightningModule, start_step: int, quantizes: bool = True) -> None:
+        """Refuse what cannot be distilled before anything long.
+
+        Args:
+            pl_module: before insertion, its model built.
+            start_step: optimizer steps in float before quantization starts.
+            quantizes: whether anything is quantized at all.
+
+        Raises:
+            ValueError: another vocabulary, or a model that is its own teacher.
+        """
+        if not self.weight:
+            return
+        own = self.teacher is None
+        if own and not quantizes:
+            raise ValueError("nothing is quantized, so the model's own float weights have nothing to teach it")
+        if own and start_step and self.weight == 1:
+            raise ValueError(
+                f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
+                "distillation weight below 1"
+            )
+        ours, theirs = (_vocabulary(m) for m in (pl_module.get_submodule(self.submodule), self.teacher))
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"the model has {ours} tokens and the teacher {theirs}: distillation needs a teacher with the same "
+                "vocabulary"
+            )
+
+    # -- hooks --------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not self.weight:
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} optimizes manually: distillation changes the loss that training_step "
+                "returns, and there is none. Call qat.training.divergence in it instead"
+            )
+        try:
+            pl_module.get_submodule(self.submodule)
+        except AttributeError:
+            after(pl_module, "configure_model", lambda _: self._copy(trainer, pl_module))
+        else:
+            self._copy(trainer, pl_module)
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            calls: list[tuple[Any, Any, Any]] = []
+            part = pl_module.get_submodule(self.submodule)
+            with part.register_forward_hook(lambda _, a, k, out: calls.append((a, k, out)), with_kwargs=True):
+                result = original(*args, **kwargs)
+            return None if result is None else self._mixed(pl_module, result, calls, args[0] if args else None)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    def _copy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+        self.check(pl_module, found[0].start_step if found else 0)
+        if self.teacher is not None:
+            return
+        part = pl_module.get_submodule(self.submodule)
+        if layers(part):
+            raise ValueError(
+                f"{self.submodule} is quantized already, so it cannot be copied as its own teacher: put Distillation "
+                "before QuantizationAwareTraining in the trainer's callbacks, or give it a teacher"
+            )
+        self.teacher = copy.deepcopy(part)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.weight:
+            return
+        assert self.teacher is not None
+        self.teacher = trainer.precision_plugin.convert_module(self.teacher)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        self.teacher.to(device=self.device or pl_module.device, dtype=dtype).eval().requires_grad_(False)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for name in ("training_step", "configure_model"):
+            pl_module.__dict__.pop(name, None)
+
+    # -- loss ---------------------------------------------------------------------------------------
+
+    def _mixed(self, pl_module: L.LightningModule, result: Any, calls: list[tuple[Any, Any, Any]], batch: Any) -> Any:
+        if len(calls) != 1:
+            raise ValueError(
+                f"training_step called {self.submodule} {len(calls)} times, and distillation compares one call: "
+                "name the part that returns the logits as its submodule"
+            )
+        args, kwargs, output = calls[0]
+        student = _logits(output, self.submodule)
+        with torch.no_grad():
+            teacher = _logits(self._taught(args, kwargs), "the teacher").to(student.device)
+        kl = divergence(student, teacher, _known(batch, kwargs, student), self.temperature)
+        pl_module.log("train/kl", kl, prog_bar=True)
+        own = result["loss"] if isinstance(result, dict) else result
+        loss = kl if self.weight == 1 else (1 - self.weight) * own + self.weight * kl
+        return {**result, "loss": loss} if isinstance(result, dict) else loss
+
+    def _taught(self, args: Any, kwargs: Any) -> Any:
+        assert self.teacher is not None
+        like = next(self.teacher.parameters())
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+        return self.teacher(*apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved))
+
+
+def _logits(output: Any, name: str) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        kind = type(output).__name__
+        raise ValueError(f"{name} returned {kind}: distillation needs a tensor, or an object with logits")
+    return logits
+
+
+def _known(batch: Any, kwargs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    """Rows with a label, (...), bool, where the batch has labels aligned with the logits; else those not padded."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
+        return labels != -100  # torch's ignore_index
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
+
+
+def _vocabulary(model: nn.Module | None) -> int | None:
+    return getattr(getattr(model, "config", None), "vocab_size", None)

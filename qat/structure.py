@@ -1,0 +1,129 @@
+"""Changes of a model's structure that keep its function, made before insertion so that weights can be quantized."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from transformers.integrations.moe import _default_apply_gate
+
+from qat.fake_quantizer import real_tokens, token_mask
+
+# What checkpoints call an expert's gate, up and down projections.
+_PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
+_USUAL_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class LinearExperts(nn.Module):
+    """The experts of a sparse layer, each of three linear layers, under the names that checkpoints give them.
+
+    Args:
+        fused: transformers' module, of `gate_up_proj` (experts, 2 * intermediate, hidden) and `down_proj`
+            (experts, hidden, intermediate), whose memory the linear layers go on to use.
+        names: of the gate, up and down projections.
+    """
+
+    def __init__(self, fused: Any, names: tuple[str, str, str]):
+        super().__init__()
+        self.names, self.act_fn = names, fused.act_fn
+        self.count = len(fused.down_proj)
+        for index, weights in enumerate(zip(fused.gate_up_proj.detach(), fused.down_proj.detach(), strict=True)):
+            parts = zip(names, (*weights[0].chunk(2), weights[1]), strict=True)
+            self.add_module(str(index), nn.ModuleDict({name: _linear(weight) for name, weight in parts}))
+        self.train(fused.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the fused module computes, up to the order of sums.
+
+        In training mode experts run that no token chose, too: their gradients are zero and not absent, and a record
+        of what training used holds all of them.
+
+        Args:
+            hidden_states: (tokens, hidden).
+            top_k_index: (tokens, chosen), the experts of each token.
+            top_k_weights: (tokens, chosen).
+
+        Returns:
+            (tokens, hidden).
+        """
+        out, mask = torch.zeros_like(hidden_states), real_tokens()
+        for index in range(self.count):
+            token, place = torch.where(top_k_index == index)
+            if not (len(token) or self.training):
+                continue
+            with token_mask(None if mask is None else mask.flatten()[token]):
+                x = hidden_states[token]
+                gate, up, down = (self.get_submodule(f"{index}.{name}") for name in self.names)
+                y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, place, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+def fused_experts(model: nn.Module) -> dict[str, Any]:
+    """The modules of `model` that keep the weights of all their experts in one parameter, by dotted name."""
+    return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)}
+
+
+def unfuse_experts(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
+    """Give every expert linear layers of its own, which can be quantized; parameters are renamed, not copied.
+
+    Args:
+        model: a transformers model.
+        where: by the dotted name of a module that keeps its experts fused, whether to replace it; all by default.
+
+    Raises:
+        ValueError: experts that are no gated pair of plain products; names them, before anything is changed.
+    """
+    found = {name: module for name, module in fused_experts(model).items() if where(name)}
+    for name, module in found.items():
+        plain = getattr(module, "has_gate", False) and module.is_concatenated
+        if not plain or module.is_transposed or module.has_bias or type(module)._apply_gate is not _default_apply_gate:
+            raise ValueError(
+                f"{name}: experts of {type(module).__name__} are not down(act(gate(x)) * up(x)): leave them in float"
+            )
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    for name, module in found.items():
+        model.set_submodule(name, LinearExperts(module, _PROJECTIONS.get(kind, _USUAL_PROJECTIONS)))
+
+
+def fold_batch_norms(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
+    """Move the batch norm behind a convolution into it: y = gamma (W x + b - mean) / sqrt(var + eps) + beta.
+
+    A norm is behind a convolution that its parent module registers directly before it, with as many channels. In
+    evaluation mode the function stays, but for rounding (1e-5 of its size in float32); training goes on without batch
+    statistics.
+
+    Args:
+        model: any module.
+        where: by the dotted name of a convolution, whether to fold into it; all by default.
+    """
+    for parent_name, parent in list(model.named_modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            behind = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+            if not behind or conv.out_channels != norm.num_features or not where(f"{parent_name}.{name}".lstrip(".")):
+                continue
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            setattr(parent, norm_name, nn.Identity())
+
+
+def untie(model: nn.Module) -> None:
+    """Give the output layer of a transformers model a copy of the weight it shares with the embedding."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and len(owners(model, head.weight)) > 1:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def owners(model: nn.Module, weight: Tensor) -> list[str]:
+    """The dotted names of the modules that have `weight`."""
+    return [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=True)
+    return linear

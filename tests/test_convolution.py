@@ -1,0 +1,107 @@
+"""Convolutions: batch norms folded, channels quantized, trained, exported and loaded again."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from qat.calibration import CALIBRATIONS
+from qat.estimators import LSQ
+from qat.export import export, record
+from qat.fake_quantizer import Stage
+from qat.inference import load_packed
+from qat.insertion import insert, layers, prepare, set_stage
+from qat.nn import FakeQuantConv2d
+from qat.scheme import QuantScheme, QuantSpec, uniform
+from qat.structure import fold_batch_norms
+
+IMAGES = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6)
+STATIC = QuantSpec(bits=8, granularity="tensor")
+PER_IMAGE = QuantSpec(bits=8, granularity="token", dynamic=True)
+
+
+def resnet() -> nn.Module:
+    """transformers' own, tiny, with batch statistics that are no longer 0 and 1."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=10
+    )
+    model = ResNetForImageClassification(config)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        norm.momentum = 0.5
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(IMAGES)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_folding_batch_norms_keeps_the_function_to_rounding():
+    model = resnet()
+    with torch.no_grad():
+        before = model(IMAGES).logits
+        fold_batch_norms(model)
+        assert norms(model) == 0
+        after = model(IMAGES).logits
+    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
+
+
+def test_only_norms_behind_quantized_convolutions_are_folded():
+    model = resnet()
+    prepare(model, uniform(QuantSpec(bits=8, granularity="channel")))
+    assert norms(model) == norms(resnet()) > 5
+    prepare(model, uniform(QuantSpec(bits=8, granularity="channel"), ignore=["*embedder*"], kinds=["conv"]))
+    assert norms(model) == 1
+
+
+@pytest.mark.parametrize("calibration", ["absmax", "weighted_mse", "gptq"])
+@pytest.mark.parametrize("inputs", [None, STATIC, PER_IMAGE], ids=["float", "static", "per-image"])
+def test_a_convolutional_network_goes_the_whole_way(inputs, calibration, tmp_path):
+    model, schemes = resnet(), uniform(QuantSpec(bits=8, granularity="channel"), inputs, kinds=("linear", "conv"))
+    prepare(model, schemes)
+    insert(model, schemes)
+    CALIBRATIONS[calibration](model, torch.no_grad()(lambda: model(IMAGES)))
+    set_stage(model, Stage.TRAIN)
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.01)
+    for _ in range(2):  # after GPTQ the weights are on the grid, and scales have no gradient
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES).logits, LABELS).backward()
+        optimizer.step()
+    for name, layer in layers(model).items():
+        for scale in [q.scale for q in layer.quantizers if q.scale is not None]:
+            assert layer.weight.grad.abs().sum() > 0 and scale.grad.abs().sum() > 0, name
+    with torch.no_grad(), record(model) as recorded:
+        logits = model(IMAGES).logits
+    assert len(export(model, recorded, tmp_path / "m").layers) == len(layers(model)) > 8
+    packed, _ = load_packed(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(packed(IMAGES).logits, logits)
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_convolution_is_its_matrix_times_its_rows(padding, mode):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, padding=padding, padding_mode=mode, dilation=2).double()
+    images = torch.randn(2, 3, 9, 8).double()
+    before = conv(images)
+    layer = FakeQuantConv2d.adopt(conv, QuantScheme.parse("w8a16-channel"), LSQ())
+    product = layer.rows(images) @ layer.matrix.T + layer.bias
+    torch.testing.assert_close(product.transpose(1, 2).reshape(before.shape), before, rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer(images), before)
+
+
+def test_a_grouped_convolution_takes_ranges_and_refuses_what_needs_one_matrix():
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)), torch.randn(2, 4, 6, 6)
+    insert(model, uniform(QuantSpec(bits=8, granularity="channel"), kinds=("conv",)))
+    CALIBRATIONS["mse"](model, lambda: None)
+    with pytest.raises(ValueError, match=r"grouped convolution; calibrate by ranges .*calibration=mse"):
+        CALIBRATIONS["gptq"](model, torch.no_grad()(lambda: model(images)))
