@@ -77,6 +77,10 @@ def test_every_quant_option_is_what_its_name_says(name):
     if name == "none":
         assert not schemes.quantizes
         return
+    if name == "auto":
+        assert schemes.mixed({}).name == "auto4a16-g128"
+        schemes = schemes.uniform(4)
+        name = "w4a16"
     assert schemes.name.startswith(name + "-")
     assert schemes.scheme_of("model.layers.0.mlp.up_proj") is not None
     assert schemes.scheme_of("lm_head") is None
