@@ -1,7 +1,6 @@
 """The stages of a run, in order; `Run.all` reads as the table of contents."""
 
 import logging
-import platform
 import shlex
 import shutil
 import sys
@@ -35,17 +34,19 @@ from qat.callbacks.control import (
 )
 from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
+from qat.callbacks.widths import search_widths
+from qat.diagnosis import WidthSearch
 from qat.export import write_float
 from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
 from qat.insertion import plan, prepare, set_stage
-from qat.report.build import build_summary, write_summary
+from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
 from qat.resume import check_resume
-from qat.scheme import QuantScheme
+from qat.scheme import QuantScheme, SchemeMap
 from qat.structure import untie
 
 log = logging.getLogger("qat")
@@ -64,6 +65,8 @@ class Run:
         self.stages: dict[str, float] = {}
         self.started = time.monotonic()
         self.control: Control | None = None
+        self.search: WidthSearch | None = None
+        self.searched: dict[str, Any] = {}
 
     def all(self) -> dict[str, Any]:
         """Every stage; returns the summary."""
@@ -73,11 +76,14 @@ class Run:
         _quiet()
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
-            self.schemes = instantiate(self.cfg.quant)
+            self.schemes = self._schemes()
             if self._post_training and not self.schemes.quantizes:
                 raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
             task = self._task()
             self._check(task)
+        if self.search is not None:
+            with self._stage("search widths"):
+                self._search_widths(self.search)
         if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()
@@ -111,6 +117,14 @@ class Run:
 
     # -- load ---------------------------------------------------------------------------------------
 
+    def _schemes(self) -> SchemeMap:
+        """The map; where widths are searched, the smallest until they are found: what it refuses, all of them do."""
+        chosen = instantiate(self.cfg.quant)
+        if not isinstance(chosen, WidthSearch):
+            return chosen
+        self.search = chosen
+        return chosen.uniform(min(chosen.widths))
+
     def _task(self, **optim: Any) -> L.LightningModule:
         """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
@@ -131,6 +145,8 @@ class Run:
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
+            if self.search is not None:
+                self.search.budget(self.search.groups(quantized))
             self._check_export(plan(quantized, self.schemes), model)
             quantization.calibration.check(quantized)
             self._trainable().check(quantized, plan(quantized, self.schemes))
@@ -153,7 +169,8 @@ class Run:
     # -- trainers -----------------------------------------------------------------------------------
 
     def _quantization(self) -> QuantizationAwareTraining:
-        return instantiate(self.cfg.callbacks.quantization, calibration_folder=self._calibration_folder)
+        build = instantiate(self.cfg.callbacks.quantization, _partial_=True)
+        return build(schemes=self.schemes, calibration_folder=self._calibration_folder)
 
     def _trainable(self) -> LoRA:
         folder = self.out / "adapter"
@@ -180,6 +197,18 @@ class Run:
         words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
         program = ["qat", "train"] if sys.argv[0] == "qat train" else ["python", sys.argv[0]]
         return shlex.join([*program, *words, f"hydra.run.dir={self.out}", "resume=true"])
+
+    # -- widths -------------------------------------------------------------------------------------
+
+    def _search_widths(self, search: WidthSearch) -> None:
+        task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        at = self.out / "sensitivity.json"
+        try:
+            found = search_widths(search, task, trainer, self._quantization(), at, self.digest, self.cfg.resume)
+            self.schemes, self.searched = found
+        except KeyboardInterrupt:
+            sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {self._resume_command()}")
 
     # -- control ------------------------------------------------------------------------------------
 
@@ -330,6 +359,7 @@ class Run:
             "stages": self.stages,
             "versions": versions(),
             "train_history": self.history.rows,
+            **self.searched,
         }
 
     def _artifact_facts(self) -> dict[str, Any]:
@@ -368,14 +398,3 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # that is what resuming means
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages whose numbers could move a figure."""
-    return {
-        "python": platform.python_version(),
-        "qat": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": L.__version__,
-    }

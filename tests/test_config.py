@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat.config as config
+from qat.diagnosis import WidthSearch
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 RECIPES = sorted(config.RECIPES.glob("*.yaml"))
@@ -51,7 +52,7 @@ def test_there_are_recipes_and_options():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_composes_without_an_unknown_key(path):
     config.check_overrides([f"recipe={path.stem}"])
-    assert isinstance(instantiate(composed(f"recipe={path.stem}").quant), SchemeMap)
+    assert isinstance(instantiate(composed(f"recipe={path.stem}").quant), (SchemeMap, WidthSearch))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -76,6 +77,10 @@ def test_every_quant_option_is_what_its_name_says(name):
     if name == "none":
         assert not schemes.quantizes
         return
+    if name == "auto":
+        assert schemes.mixed({}).name == "auto4a16-g128"
+        schemes = schemes.uniform(4)
+        name = "w4a16"
     assert schemes.name.startswith(name + "-")
     assert schemes.scheme_of("model.layers.0.mlp.up_proj") is not None
     assert schemes.scheme_of("lm_head") is None
@@ -160,7 +165,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
             "recipe=lama_int4_qat",
             r"no recipe is called 'lama_int4_qat'; did you mean llama_int4_qat\? There are: .*pretrain",
         ),
-        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: none, w4a16"),
+        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, none, w4a16"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         ("calibration=gptk", r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, awq, gptq, mse"),
         ("recipe=null", "no recipe is called 'null'.* There are: llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),

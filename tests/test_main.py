@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qat import stages
 from qat.calibration import GPTQ
 from qat.data.documents import python_stdlib
 from qat.main import main
 from qat.report import read_summary
+from qat.stages import Run
 from qat.tasks.models import new_llama
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +124,59 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
     AutoModelForCausalLM.from_pretrained(out / "export")
 
 
+AUTO = ["quant=auto", "quant.widths=[2,4,8]", "quant.windows=8"]
+
+
+def bits_of(out: Path) -> dict[str, int]:
+    """The width of each exported layer, by its name."""
+    side = json.loads((out / "export" / "qat.json").read_text())
+    return {name: layer["scheme"]["weight"]["bits"] for name, layer in side["layers"].items()}
+
+
+def test_widths_that_were_searched_are_exported_within_the_budget(job, monkeypatch, tmp_path):
+    words = [w for w in job[1] if not w.startswith(("recipe=", "trainer.max_steps"))]
+    out = tmp_path / "run"
+    train(monkeypatch, "recipe=llama_mixed_ptq", *words, *AUTO, "quant.budget_bits=3.6", f"hydra.run.dir={out}")
+    summary, widths = read_summary(out), bits_of(out)
+    assert summary["packed_loss"] == pytest.approx(summary["calibrated_loss"], abs=1e-6)
+    assert 2 <= len(set(widths.values()))
+    for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        assert len({bits for name, bits in widths.items() if name.endswith(fused)}) == 1
+    weights = summary["float_bytes"] / 2
+    assert 8 * summary["packed_bytes"] / weights <= 3.6
+    (chosen,) = [row for row in summary["frontier"] if row["name"] == "chosen"]
+    assert chosen["bits"] == 8 * summary["packed_bytes"] / weights  # bytes counted are bytes exported
+    table = json.loads((out / "sensitivity.json").read_text())
+    assert table["widths"] == widths and len(table["rows"]) == 3 * 4  # widths, groups
+    AutoModelForCausalLM.from_pretrained(out / "export")
+    report = (out / "report.html").read_text()
+    assert 'id="plot-sensitivity"' in report and 'id="plot-frontier"' in report
+
+
+def test_a_resumed_run_trains_with_the_widths_it_chose_and_so_is_its_control_measured(job, monkeypatch, tmp_path):
+    out, kept = tmp_path / "run", Run._train_control
+    words = [*job[1], "calibration=mse", *AUTO, f"hydra.run.dir={out}"]
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_train_control", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, *words)
+    monkeypatch.setattr(Run, "_train_control", kept)
+    # Another choice than a search would make: only who reads it can end with it.
+    table = json.loads((out / "sensitivity.json").read_text())
+    table["widths"] = {name: 8 if "self_attn" in name else 2 for name in table["widths"]}
+    (out / "sensitivity.json").write_text(json.dumps(table))
+    maps, measured = [], stages.measure_control
+    monkeypatch.setattr(stages, "measure_control", lambda *a: (maps.append(a[2].schemes), measured(*a))[1])
+    train(monkeypatch, *words, "resume=true")
+    assert bits_of(out) == table["widths"]
+    assert [{n: m.scheme_of(n).weight.bits for n in table["widths"]} for m in maps] == [table["widths"]]
+    summary = read_summary(out)
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6) and summary["steps"] == 8
+
+
 def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatch, tmp_path):
     _, words = job
     train(monkeypatch, *words, "calibration=mse", f"hydra.run.dir={tmp_path}/plain")
@@ -203,7 +258,9 @@ BAD = {
     "bad control": (["control=maybe"], "control must be run, cached or none"),
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
-    "a width that the export cannot hold": (["quant.weight.bits=3"], "3-bit weights"),
+    "a budget below the smallest widths": (["quant=auto", "quant.budget_bits=2"], "quant.budget_bits=2.125"),
+    "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no linear layer"),
+    "a width that the export cannot hold": (["quant=w8a8", "quant.input.bits=4"], "4-bit activations"),
     "a group size that does not divide an untied layer": (
         ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
         "group_size 100 does not divide 128",

@@ -25,7 +25,7 @@ from qat.export.fold import Folded
 from qat.export.verify import VerificationError
 from qat.functional import scale_dtype
 from qat.insertion import layers
-from qat.packing import pack
+from qat.packing import pack, words_of
 from qat.scheme import QuantScheme, QuantSpec
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,6 @@ def write_float(
 def refusal(scheme: QuantScheme, dtype: torch.dtype) -> str | None:
     """Why `scheme` cannot be stored in a model of `dtype` so that every reader agrees; None if it can."""
     weight, inputs = scheme.weight, scheme.input
-    if weight.bits not in (4, 8):
-        return f"{weight.bits}-bit weights: releases of compressed-tensors disagree about their layout; use 4 or 8 bits"
     if inputs is not None and inputs.bits != 8:
         return f"{inputs.bits}-bit activations: servers run 8; use 8 bits or leave the input in float"
     specs = [weight] if inputs is None or inputs.dynamic else [weight, inputs]
@@ -121,6 +119,15 @@ def refusal(scheme: QuantScheme, dtype: torch.dtype) -> str | None:
                 "the model's dtype, which cannot hold them; export with another dtype or train with another scale_dtype"
             )
     return None
+
+
+def stored_bytes(scheme: QuantScheme, shape: tuple[int, int]) -> int:
+    """Bytes of the codes and scales of a layer with weight `shape` (out, in): what `layer_tensors` of it would take."""
+    rows, inputs = shape
+    row = inputs if format_of(scheme) == "int-quantized" else 4 * words_of(inputs, scheme.weight.bits)
+    row += scale_dtype(scheme.weight).itemsize * scheme.weight.groups(inputs)
+    static = scheme.input is not None and not scheme.input.dynamic
+    return rows * row + (scale_dtype(scheme.input).itemsize if static else 0)  # type: ignore[arg-type]
 
 
 def unheld(model: nn.Module, names: Iterable[str]) -> str | None:

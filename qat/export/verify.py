@@ -171,10 +171,14 @@ def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def _unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """Little-endian words are bytes in order; a byte holds one 8-bit code, or two 4-bit codes, the even one low."""
+    """Little-endian words are bytes in order; a byte holds one 8-bit code, or two 4-bit codes, the even one low.
+
+    Codes of other widths are runs of bits, the low ones first, across the borders of bytes.
+    """
     stored = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 4:
         stored = np.stack([stored & 15, stored >> 4], -1).reshape(len(stored), -1)
     elif bits != 8:
-        raise VerificationError(f"{bits}-bit codes are not decoded here")
+        run = np.unpackbits(stored, axis=1, count=columns * bits, bitorder="little")
+        stored = np.packbits(run.reshape(len(stored), columns, bits), axis=2, bitorder="little")[..., 0]
     return (stored[:, :columns].astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)

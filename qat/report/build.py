@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qat import __version__
 from qat.evaluation import DocumentLosses, Estimate, difference, loss_interval
 
 FIGURES = ("recovery", "recovery_over_control", "qat_minus_control_ptq")
@@ -30,6 +33,12 @@ def build_summary(
         summary |= {name: figure.value, f"{name}_interval": figure.interval, f"{name}_reason": figure.reason}
     summary["models"] = [_model(name, losses[name], losses["float"]) for name in LOSSES if name in losses]
     return _finite(summary)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose numbers could move a figure."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "lightning")}
+    return {"python": platform.python_version(), "qat": __version__, **packages}
 
 
 def _model(name: str, losses: DocumentLosses, base: DocumentLosses) -> dict[str, Any]:

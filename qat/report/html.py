@@ -25,6 +25,8 @@ _COLORS = {
 _DASHES = {"float": "-", "ptq": "--", "control": "-.", "control_ptq": ":"}
 _SHADE = {"ptq_mse": "ptq", "calibrated": "ptq", "packed": "qat"}  # variants take the colour of what they vary
 
+_DRAWN = ("models", "history", "train_history", "layers", "sensitivity", "frontier", "path")  # not in the table of all
+
 WIDTH = 4.6  # inches of 72 units: labels stay legible when a phone shrinks a figure to 340 pixels
 LAYERS_DRAWN = 48  # more bars than this are a wall; the table has all layers
 
@@ -72,7 +74,7 @@ def _scalars(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Every figure of the summary as it is stored, for the table of everything."""
     rows = []
     for name, value in summary.items():
-        if isinstance(value, dict) or name in ("models", "history", "train_history", "layers", "path"):
+        if isinstance(value, dict) or name in _DRAWN:
             continue
         if value is None and name.endswith("_reason"):
             continue
@@ -94,6 +96,13 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
     if drawn:
         height = 0.6 + 0.19 * min(drawn, LAYERS_DRAWN)
         plots.append(("layers", "Relative error of the dequantized weights", _draw_layers, height))
+    if groups := len({row["name"] for row in summary["sensitivity"]}):
+        height = 0.8 + 0.22 * min(groups, LAYERS_DRAWN)
+        title = "What a group of layers costs alone, by its width: KL, millinats per token"
+        plots.append(("sensitivity", title, _draw_sensitivity, height))
+    if summary["frontier"]:
+        title = "Predicted cost of the whole model by its size, millinats per token"
+        plots.append(("frontier", title, _draw_frontier, 3.1))
     if any(row["loss"] is not None for row in summary["train_history"]):
         plots.append(("train", "What training minimised, nats per token", _draw_train, 3.1))
     if shrinkage(summary):
@@ -253,3 +262,57 @@ def _draw_layers(axes: Any, summary: dict[str, Any]) -> str | None:
     caption = "‖dequantized - float‖ / ‖float‖, in the order of the model"
     caption += f"; names follow {shared}*" if shared else ""
     return caption + (f". The {len(worst)} worst; {left_out} more are in the table" if left_out else "")
+
+
+def _draw_sensitivity(axes: Any, summary: dict[str, Any]) -> str:
+    rows = [row for row in summary["sensitivity"] if row["kl"] is not None and row["kl"] > 0]
+    most = {name: max(r["kl"] for r in rows if r["name"] == name) for name in dict.fromkeys(r["name"] for r in rows)}
+    drawn = sorted(most, key=lambda name: -most[name])[:LAYERS_DRAWN]
+    names = [name for name in most if name in drawn]
+    shared, left_out = _shared_path(names), len(most) - len(names)
+    for row in rows:
+        if row["name"] in drawn:
+            chosen = row["bits"] == row["chosen_bits"]
+            axes.text(
+                1e3 * row["kl"], names.index(row["name"]), f"{row['bits']:g}", ha="center", va="center_baseline",
+                color=_COLORS["qat" if chosen else "muted"], weight="bold" if chosen else "normal",
+            )  # fmt: skip
+    axes.set_yticks(range(len(names)), [name[len(shared) :] for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    shown = [1e3 * row["kl"] for row in rows if row["name"] in drawn]
+    axes.set_xlim(min(shown) / 2, 2 * max(shown))
+    _logarithmic(axes, "x")
+    axes.tick_params(axis="y", labelsize=8.5, labelcolor=_COLORS["ink"])
+    _axes(axes, grid="x")
+    caption = "Each number is a width, in bits, where its cost is; the chosen one is bold. Calibration split"
+    caption += f"; names follow {shared}*" if shared else ""
+    return caption + (f". The {len(names)} most sensitive of {len(most)}" if left_out else "")
+
+
+def _draw_frontier(axes: Any, summary: dict[str, Any]) -> str:
+    rows = [row for row in summary["frontier"] if row["predicted"] is not None and row["predicted"] > 0]
+    by_name = {name: [r for r in rows if r["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
+    for name, points in by_name.items():
+        bits, costs = [r["bits"] for r in points], [1e3 * r["predicted"] for r in points]
+        if name == "best":
+            axes.plot(bits, costs, color=_COLORS["qat"], label="best assignment")
+        elif name == "chosen":
+            axes.plot(bits, costs, color=_COLORS["qat"], marker="o", linestyle="", label="chosen")
+        else:
+            axes.plot(bits, costs, color=_COLORS["ptq"], marker="s", markersize=4, linestyle="")
+            axes.annotate(name, (bits[0], costs[0]), (6, 4), textcoords="offset points", fontsize=8.5)
+    axes.plot([], [], color=_COLORS["ptq"], marker="s", markersize=4, linestyle="", label="one width for all")
+    _logarithmic(axes, "y")
+    _axes(axes, "bits a weight, scales included", grid="both")
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1.6)
+    metric = summary["sensitivity_metric"]
+    return f"Sums of what the groups cost alone ({metric}): a ranking, not a forecast. Calibration split."
+
+
+def _logarithmic(axes: Any, axis: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    chosen = axes.xaxis if axis == "x" else axes.yaxis
+    chosen.set_major_formatter(lambda value, _: f"{value:g}")
+    chosen.set_minor_formatter(NullFormatter())

@@ -18,12 +18,12 @@ FILE = "summary.json"
 # What a missing key means.  Tuples are read as "one of these types".
 _TEXT = (
     "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "control_ptq_calibration",
-    "export_dir",
+    "export_dir", "sensitivity_metric",
 )  # fmt: skip
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
     "control_ptq_loss", "packed_loss", "qat_minus_control_ptq", "recovery", "recovery_over_control",
-    "float_bytes", "packed_bytes", "seconds",
+    "float_bytes", "packed_bytes", "seconds", "budget_bits",
 )  # fmt: skip
 _INTERVALS = ("qat_minus_control_ptq_interval", "recovery_interval", "recovery_over_control_interval")
 _MAPPINGS = ("stages", "versions")
@@ -32,6 +32,8 @@ _ROWS = {
     "history": ("step", "qat_loss", "recovery", "recovery_over_control"),
     "train_history": ("step", "loss"),
     "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error"),
+    "sensitivity": ("name", "bits", "bytes", "kl", "loss", "fisher", "chosen_bits"),
+    "frontier": ("name", "bits", "predicted"),
 }
 _REQUIRED = ("recipe", "scheme", "models")
 

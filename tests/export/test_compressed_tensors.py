@@ -22,6 +22,11 @@ SCHEMES = [
     "w4a8-g128",
     "w8a8-channel",
     "w8a8-channel-static",
+    "w2a16-g32",
+    "w3a16-g128",
+    "w5a16-g64",
+    "w6a8-g128",
+    "w7a16-channel",
 ]
 TOKENS = torch.arange(24)[None]
 
@@ -201,11 +206,13 @@ def test_bytes_and_errors_are_those_of_the_layers(scheme, tiny_llama, quantize_m
     assert first.weight_error == pytest.approx(float(error), rel=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
-def test_widths_without_a_portable_layout_are_refused(bits, scheme, tiny_llama, quantize_model, tmp_path):
-    with pytest.raises(ValueError, match=f"q_proj: {bits}-bit weights"):
-        exported(quantize_model(tiny_llama(), scheme(f"w{bits}a16-channel")), tmp_path / "m")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", SCHEMES)
+def test_stored_bytes_are_those_in_the_file(name, scheme, tiny_llama, quantize_model, tmp_path):
+    artifact, _, _ = exported(quantize_model(tiny_llama(), scheme(name)), tmp_path / "m")
+    for layer in artifact.layers:
+        kept = {k: v for k, v in stored_tensors(tmp_path / "m").items() if k.startswith(f"{layer.name}.")}
+        written = sum(v.numel() * v.element_size() for k, v in kept.items() if not k.endswith("weight_shape"))
+        assert compressed_tensors.stored_bytes(scheme(name), layer.shape) == layer.bytes == written
 
 
 @pytest.mark.parametrize(

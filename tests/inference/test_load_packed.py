@@ -22,6 +22,8 @@ SCHEMES = [
     "w4a8-g128",
     "w8a8-channel",
     "w8a8-channel-static",
+    "w3a16-g128",
+    "w5a8-g32",
 ]
 
 

@@ -29,6 +29,12 @@ FULL = SMALL | {
     "train_history": [{"step": s, "loss": 2.2} for s in (10, 20)],
     "layers": [{"name": f"model.layers.{i}.q_proj", "scheme": "w4a16-g128", "shape": [256, 128], "bytes": 17000,
                 "float_bytes": 65536, "error": 0.081 + i / 1000} for i in range(60)],
+    "sensitivity": [{"name": f"model.layers.{i}.{n}", "bits": b, "bytes": 100 * b, "kl": 4.0**-b, "loss": -1e-4,
+                     "fisher": 4.0**-b, "chosen_bits": 4}
+                    for i in range(2) for n in ("q_proj+k_proj", "down_proj") for b in (2, 4, 8)],
+    "frontier": [{"name": "best", "bits": b, "predicted": 4.0**-b} for b in (2.1, 4.1, 8.1)]
+    + [{"name": "4 bits", "bits": 4.1, "predicted": 0.02}, {"name": "chosen", "bits": 4.0, "predicted": 0.01}],
+    "budget_bits": 4.0, "sensitivity_metric": "kl",
     "stages": {"control": 120.0}, "versions": {"torch": "2.13.0+cpu"}, "control_ptq_calibration": "weighted_mse",
 }  # fmt: skip
 
@@ -127,7 +133,7 @@ def test_null_recovery_shows_its_reason(page):
 def test_every_plot_has_a_name_for_screen_readers_and_follows_dark_mode(full):
     text, parsed = full
     labels = [v for tag, name, v in parsed.attributes if tag == "svg" and name == "aria-label"]
-    assert len(labels) == 6 and len(set(labels)) == 6
+    assert len(labels) == 8 and len(set(labels)) == 8
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     figures = text[text.index("<figure") : text.rindex("</figure>")]
     assert not re.findall(r"(?:fill|stroke): #.{9}", figures), "colours that dark mode cannot change"
