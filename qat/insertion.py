@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import FakeQuantLinear
-from qat.scheme import QuantScheme, SchemeMap
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
@@ -24,12 +24,14 @@ def set_stage(model: nn.Module, stage: Stage) -> None:
         quantizer.set_stage(stage)
 
 
-def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
+def plan(
+    model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
+) -> dict[str, QuantScheme]:
     """Which layers `insert` would quantize, and how; changes nothing.
 
     Raises:
-        ValueError: a layer cannot be quantized as its scheme says (all such layers are named), or no
-            layer would be quantized at all.
+        ValueError: a layer cannot be quantized as its scheme says, or not by the estimator (all such layers are
+            named), or no layer would be quantized at all.
     """
     chosen, problems = {}, []
     for name, module in model.named_modules():
@@ -40,6 +42,9 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
             scheme.weight.groups(module.in_features)
         except ValueError as error:
             problems.append(f"{name}: {error}")
+        for spec, chooses in ((scheme.weight, estimator), (scheme.input, input_estimator)):
+            if chooses is not None and (why := _refusal(chooses, spec)) is not None:
+                problems.append(f"{name}: {why}")
         shared = _owners(model, module.weight)
         if len(shared) > 1:
             problems.append(
@@ -59,7 +64,15 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
     return chosen
 
 
-def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLinear]:
+def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
+    if spec is None:
+        return f"its input stays in float, so there is nothing for the input estimator {estimator} to do"
+    return estimator.refusal(spec)
+
+
+def insert(
+    model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
+) -> dict[str, FakeQuantLinear]:
     """Turn the linear layers that `schemes` names into fake-quantized ones, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
@@ -69,6 +82,7 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
         model: any module.
         schemes: which layers, and how.
         estimator: the gradient; LSQ by default.
+        input_estimator: that of activations, where it differs.
 
     Returns:
         The quantized layers by dotted name.
@@ -77,10 +91,10 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
         ValueError: as `plan`, before anything is changed.
     """
     estimator = estimator if estimator is not None else LSQ()
-    for name, scheme in plan(model, schemes).items():
+    for name, scheme in plan(model, schemes, estimator, input_estimator).items():
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
-        FakeQuantLinear.adopt(module, scheme, estimator)
+        FakeQuantLinear.adopt(module, scheme, estimator, input_estimator)
     return layers(model)
 
 

@@ -60,8 +60,16 @@ class FakeQuantLinear(nn.Linear):
     input_quantizer: FakeQuantizer | None
 
     @staticmethod
-    def adopt(linear: nn.Linear, scheme: QuantScheme, estimator: Estimator) -> "FakeQuantLinear":
+    def adopt(
+        linear: nn.Linear, scheme: QuantScheme, estimator: Estimator, input_estimator: Estimator | None = None
+    ) -> "FakeQuantLinear":
         """Turn `linear` into a FakeQuantLinear, in place; its function does not change until a stage does.
+
+        Args:
+            linear: any.
+            scheme: how it is quantized.
+            estimator: of its weight.
+            input_estimator: of its input; by default the weight's.
 
         Raises:
             ValueError: the group size does not divide the layer's inputs.
@@ -69,7 +77,9 @@ class FakeQuantLinear(nn.Linear):
         rows = 1 if scheme.weight.granularity == "tensor" else linear.out_features
         shape, device = (rows, scheme.weight.groups(linear.in_features)), linear.weight.device
         weight_quantizer = FakeQuantizer(scheme.weight, shape, estimator, device)
-        input_quantizer = None if scheme.input is None else FakeQuantizer(scheme.input, (1,), estimator, device)
+        input_quantizer = None
+        if scheme.input is not None:
+            input_quantizer = FakeQuantizer(scheme.input, (1,), input_estimator or estimator, device)
         linear.__class__ = FakeQuantLinear
         assert isinstance(linear, FakeQuantLinear)
         linear.scheme = scheme

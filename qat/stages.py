@@ -128,7 +128,9 @@ class Run:
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
-            self._check_export(plan(quantized, self.schemes), model)
+            self._check_export(
+                plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator), model
+            )
             quantization.calibration.check(quantized)
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)

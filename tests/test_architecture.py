@@ -11,7 +11,8 @@ CORE = ["scheme", "functional", "estimators", "observers", "packing", "fake_quan
 MAY = {
     "scheme": [],
     "functional": CORE[:1],
-    **dict.fromkeys(["estimators", "observers", "packing"], CORE[:2]),
+    **dict.fromkeys(["observers", "packing"], CORE[:2]),
+    "estimators": [*CORE[:2], "observers"],
     "fake_quantizer": CORE[:5],
     "nn": CORE[:6],
     "insertion": CORE[:7],

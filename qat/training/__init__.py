@@ -1,6 +1,6 @@
 """How weights and scales learn."""
 
 from qat.training.distillation import divergence
-from qat.training.parameters import parameter_groups, scale_parameters
+from qat.training.parameters import parameter_groups, scale_parameters, scale_steps
 
-__all__ = ["divergence", "parameter_groups", "scale_parameters"]
+__all__ = ["divergence", "parameter_groups", "scale_parameters", "scale_steps"]
