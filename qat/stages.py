@@ -132,6 +132,7 @@ class Run:
                 plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator), model
             )
             quantization.calibration.check(quantized)
+            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator)
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -239,7 +240,7 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self.recovery, self.export]
+        return [quantization, instantiate(self.cfg.callbacks.oscillation), self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""

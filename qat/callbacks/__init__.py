@@ -3,8 +3,18 @@
 from qat.callbacks.distillation import Distillation
 from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
+from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
 
-__all__ = ["Distillation", "Export", "NaNGuard", "QuantizationAwareTraining", "RandomState", "Recovery", "SafeExit"]
+__all__ = [
+    "Distillation",
+    "Export",
+    "NaNGuard",
+    "Oscillation",
+    "QuantizationAwareTraining",
+    "RandomState",
+    "Recovery",
+    "SafeExit",
+]
