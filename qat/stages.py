@@ -240,7 +240,8 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, instantiate(self.cfg.callbacks.oscillation), self.recovery, self.export]
+        self.health = instantiate(self.cfg.callbacks.health)
+        return [quantization, instantiate(self.cfg.callbacks.oscillation), self.health, self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -343,6 +344,7 @@ class Run:
             "packed_bytes": artifact.packed_bytes,
             "layers": rows,
             "history": self.recovery.history,
+            "health": self.health.rows,
             "control_ptq_calibration": self.control.calibration if self.control else None,
         }
 

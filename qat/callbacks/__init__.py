@@ -3,6 +3,7 @@
 from qat.callbacks.distillation import Distillation
 from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
+from qat.callbacks.health import TrainingHealth
 from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
@@ -17,4 +18,5 @@ __all__ = [
     "RandomState",
     "Recovery",
     "SafeExit",
+    "TrainingHealth",
 ]
