@@ -131,9 +131,11 @@ class Run:
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
-            self._check_export(plan(quantized, self.schemes), model)
+            chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
+            self._check_export(chosen, model)
             quantization.calibration.check(quantized)
-            self._trainable().check(quantized, plan(quantized, self.schemes))
+            self._trainable().check(quantized, chosen)
+            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, adapters=self.cfg.trainable.r > 0)
         elif self.cfg.trainable.r:
             raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
         start = self.cfg.callbacks.quantization.start_step
@@ -248,7 +250,8 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self._trainable(), self.recovery, self.export]
+        self.health, oscillation = instantiate(self.cfg.callbacks.health), instantiate(self.cfg.callbacks.oscillation)
+        return [quantization, self._trainable(), oscillation, self.health, self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -351,6 +354,7 @@ class Run:
             "packed_bytes": artifact.packed_bytes,
             "layers": rows,
             "history": self.recovery.history,
+            "health": self.health.rows,
             "control_ptq_calibration": self.control.calibration if self.control else None,
         }
 
