@@ -29,7 +29,7 @@ def parts(model: torch.nn.Module) -> dict[str, Callable[[], object]]:
     health.start(model)
     freezing = [Freezing(layer, 0.9, 0.01) for layer in quantized]
     mse = STE(follow="mse")
-    scales = [(layer.weight.detach(), layer.weight_quantizer.scale.detach()) for layer in quantized]
+    scales = [(layer.matrix.detach(), layer.weight_quantizer.scale.detach()) for layer in quantized]
     return {
         "health, every step": lambda: health.step(model),
         "health, a look": lambda: (gradient_ratio(model), health.look(model)),
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/step_extras.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, optimizer = prepare("qat", 128, "cpu")
-    timed = {"step": lambda: step(model, optimizer, batch), **parts(model)}
+    model, optimizer, teacher = prepare("qat", 128, "cpu")
+    timed = {"step": lambda: step(model, optimizer, teacher, batch), **parts(model)}
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number, batch in enumerate(batches(arguments.rounds + 1, arguments.tokens, "cpu")):  # noqa: B007
         for name, part in timed.items():

@@ -8,7 +8,7 @@ import torch
 from digits import Classifier, digits, int4, trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from qat.callbacks import TrainingHealth
+from qat.callbacks import LoRA, TrainingHealth
 from qat.diagnosis.health import FIGURES, LIMITS
 from qat.estimators import STE
 
@@ -40,6 +40,13 @@ def test_scales_that_do_not_learn_have_no_gradient_ratio_and_no_drift():
     health = TrainingHealth(every=4)
     fit(int4(estimator=STE(), freeze_share=0.0), health)
     assert {(row["gradient_ratio"], row["scale_drift"]) for row in health.rows} == {(None, 0.0)}
+
+
+def test_under_lora_codes_change_though_weights_do_not_and_there_is_no_gradient_ratio():
+    health = TrainingHealth(every=4)
+    module, _ = fit(int4(), LoRA(r=4), health)
+    assert torch.equal(module.network[0].weight, Classifier().network[0].weight)
+    assert all(row["changed"] > 0 and row["gradient_ratio"] is None for row in health.rows[:2])
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5, 9])

@@ -8,8 +8,9 @@ import torch
 from digits import trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.pytorch_utils import Conv1D
 
-from qat.callbacks import Oscillation, QuantizationAwareTraining
+from qat.callbacks import LoRA, Oscillation, QuantizationAwareTraining
 from qat.estimators import LSQ, STE
 from qat.functional import quantize
 from qat.insertion import layers
@@ -37,11 +38,14 @@ class Ones:
 class Between(L.LightningModule):
     """Half the squared distance to weights at 0.4 between two codes, from 0.3."""
 
-    def __init__(self, pull: float = 1.0):
+    def __init__(self, pull: float = 1.0, transposed: bool = False):
         super().__init__()
         self.layer, self.pull = nn.Linear(SIZE, SIZE, bias=False), pull
+        if transposed:
+            self.layer = Conv1D(SIZE, SIZE)
+            self.layer.bias.requires_grad_(False)
         with torch.no_grad():
-            self.layer.weight.copy_(CODES + 0.3)
+            self.layer.weight.copy_((CODES.T if transposed else CODES) + 0.3)
 
     def training_step(self, batch, batch_idx):
         return 0.5 * self.pull * (self.layer(batch[0]) - (CODES + 0.4).T).square().sum()
@@ -102,6 +106,37 @@ def test_damping_joins_the_gradient_once_a_step_however_many_batches_it_has():
     moved = [fit(Oscillation(damping=0.5), Between(pull=0.0), steps=10, accumulate_grad_batches=n) for n in (1, 4)]
     assert torch.equal(*(m.layer.weight for m in moved))
     assert (moved[0].layer.weight - CODES - 0.3).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("settings", [{"damping": 0.5}, {"freezing": 0.1}], ids=["damping", "freezing"])
+def test_a_transposed_weight_ends_where_the_linear_layers_does(settings):
+    linear, transposed = (fit(Oscillation(**settings), Between(transposed=t), steps=40) for t in (False, True))
+    assert torch.equal(linear.layer.weight, transposed.layer.weight.T)
+    undamped = fit(Oscillation(), Between(transposed=True), steps=40)
+    assert not torch.equal(undamped.layer.weight, transposed.layer.weight)
+
+
+@pytest.mark.parametrize("settings", [{"damping": 0.5}, {"freezing": 0.1}], ids=["damping", "freezing"])
+def test_under_lora_it_is_refused_since_weights_do_not_move(settings):
+    data = DataLoader(TensorDataset(torch.eye(SIZE)), SIZE)
+
+    def run(oscillation):
+        quantization = QuantizationAwareTraining(uniform(SPEC), Ones(), LSQ())
+        trainer(quantization, LoRA(r=2), oscillation, steps=2, max_epochs=-1).fit(Between(), data)
+
+    with pytest.raises(ValueError, match="damping and freezing move weights, and under LoRA"):
+        run(Oscillation(**settings))
+    run(Oscillation())
+
+
+def test_a_weight_that_does_not_learn_is_left_alone():
+    module = Between()
+    module.layer.weight.requires_grad_(False)
+    oscillation = Oscillation(damping=0.5, freezing=0.1)
+    fit(oscillation, module, LSQ())
+    assert torch.equal(module.layer.weight, CODES + 0.3)
+    assert not torch.equal(module.layer.weight_quantizer.scale, torch.ones(SIZE, 1))
+    assert oscillation.frozen_share == 0
 
 
 class StopAt(L.Callback):
