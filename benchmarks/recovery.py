@@ -32,7 +32,7 @@ from qat.scheme import QuantSpec, uniform
 from qat.tasks.causal_lm import CausalLM
 from qat.tasks.models import load
 
-ESTIMATORS = {"lsq": LSQ(), "ste": STE(), "follow": STE(follow=True)}
+ESTIMATORS = {"lsq": LSQ(), "ste": STE(), "follow": STE(follow="absmax")}
 WINDOWS = 12
 
 

@@ -1,36 +1,59 @@
 """Estimators define what gradient passes a quantizer, and which scale it uses while it learns.
 
-With v = x / s, inside = (qmin <= v <= qmax) and g the gradient of the quantized tensor:
+With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the gradient of the quantized tensor:
 
     STE (arXiv 1308.3432, section 4; clipped as in arXiv 1806.08342):  dx = g * inside
     LSQ (arXiv 1902.08153, eqs. 3 and 5):  dx = g * inside
         ds = scale_gradient * sum over the group of g * (round(v) - v   inside,
                                                           qmin or qmax   outside)
+    LSQ, relative (arXiv 1903.08066, section 3):  d(log2 s) = ds * s * ln 2
+    DSQ (arXiv 1908.05033, section 3.2):  LSQ with soft'(v) >= 0 of mean 1 in the place of the straight line's 1:
+        dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
+    PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
+
+All of them end in codes and a scale, which is what artifacts hold.  Not here, because no artifact could hold what they
+train: learned zero points (LSQ+, arXiv 2004.09576) and levels between the integers (stretched elastic quantization,
+arXiv 2502.02631).
 
 An estimator is a small frozen value without state, shared by all quantizers of a model.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from qat.functional import absmax_scale, fake_quantize, grouped, round_clamp, store_scale
+from qat.observers import mse_scale
 from qat.scheme import QuantSpec
 
 
 class Estimator(Protocol):
-    """What a fake quantizer asks of an estimator."""
+    """What a fake quantizer asks of an estimator; a subclass overrides what it does differently."""
 
     @property
     def learns_scale(self) -> bool:
         """Whether the scale is a parameter that the optimizer moves."""
         ...
 
+    @property
+    def relative(self) -> bool:
+        """Whether the scale's gradient and steps are those of log2 |scale| (`qat.training.scale_steps`)."""
+        return False
+
+    def at(self, progress: float) -> "Estimator":
+        """The estimator after `progress`, from 0 to 1, of the steps that train through quantizers."""
+        return self
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """Why a tensor of `spec` cannot be trained so; None if it can."""
+        return None
+
     def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
         """The scale this forward uses, (..., groups) float32, given the stored one of the same shape."""
-        ...
+        return store_scale(stored, spec)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
@@ -42,25 +65,38 @@ class Estimator(Protocol):
 def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Whether x / scale lies in [qmin, qmax]; bool, x's shape."""
     view, divisor = grouped(x.float(), scale)
-    ratio = view / divisor
-    return ((ratio >= spec.qmin) & (ratio <= spec.qmax)).flatten(-2)
+    return _inside(view / divisor, spec).flatten(-2)
+
+
+def _inside(ratio: Tensor, spec: QuantSpec) -> Tensor:
+    return (ratio >= spec.qmin) & (ratio <= spec.qmax)
 
 
 @dataclass(frozen=True)
-class STE:
+class STE(Estimator):
     """Straight-through: the gradient passes where the value was not clipped.
 
     Attributes:
-        follow: recompute the absmax scale of each group from the values of every forward; False keeps
-            the calibrated scale.
+        follow: recompute the scale of each group of a weight in every forward: the one that covers its `absmax`,
+            or the one with the smallest squared error (`mse`, a search that costs 48 fake quantizations).  None
+            keeps the calibrated scale.  Activations keep theirs.
+
+    Raises:
+        ValueError: another `follow`.
     """
 
-    follow: bool = False
+    follow: Literal["absmax", "mse"] | None = None
     learns_scale = False
 
+    def __post_init__(self) -> None:
+        if self.follow not in (None, "absmax", "mse"):
+            raise ValueError(f"STE follows absmax, mse or nothing (null), got follow={self.follow!r}")
+
     def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
-        if not self.follow:
+        if self.follow is None:
             return store_scale(stored, spec)
+        if self.follow == "mse":
+            return mse_scale(x.detach(), (stored.shape[0], stored.shape[-1]), spec)
         absmax = grouped(x.detach(), stored)[0].abs().amax(-1)
         return absmax_scale(absmax.amax(0, keepdim=True) if len(stored) == 1 else absmax, spec)
 
@@ -71,19 +107,19 @@ class STE:
 
 
 @dataclass(frozen=True)
-class LSQ:
+class LSQ(Estimator):
     """Learned step size: the scale is a parameter with its own gradient (arXiv 1902.08153).
 
     Attributes:
         scale_gradient: multiplies the scale's gradient by 1 / sqrt(n * qmax), n being the values that
             share a scale (section 2.2 of the paper, per group and not per tensor).
+        relative: learn log2 |scale| (arXiv 1903.08066, section 3): a step of the optimizer moves small and large
+            scales by the same factor, and never changes a sign.  What is stored is the scale all the same.
     """
 
     scale_gradient: bool = True
+    relative: bool = False
     learns_scale = True
-
-    def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
-        return store_scale(stored, spec)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
@@ -91,17 +127,88 @@ class LSQ:
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
         codes = round_clamp(ratio.clone(), spec)
-        inside = (ratio >= spec.qmin) & (ratio <= spec.qmax)
+        slope = self._slope(ratio, _inside(ratio, spec))
+        grad_view = grad.float().unflatten(-1, view.shape[-2:])
+        grad_x = (grad_view * slope).flatten(-2).to(grad.dtype)
+        if not needs_scale:
+            return grad_x, None
+        grad_scale = codes.sub_(ratio.mul_(slope)).mul_(grad_view).sum(-1)
+        if self.scale_gradient:
+            shared = x.numel() // max(scale.numel(), 1)
+            grad_scale /= (shared * spec.qmax) ** 0.5
+        return grad_x, grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale
+
+    def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
+        """The slope of the function that stands in for quantization; 0 where not `inside`."""
+        return inside
+
+
+@dataclass(frozen=True)
+class DSQ(LSQ):
+    """LSQ whose gradient hardens: from a straight line at first towards the staircase that forward always is.
+
+    Between two codes rounding is taken for soft(v) = n + 1/2 + tanh(k (v - n - 1/2)) / (2 tanh(k / 2)), which is v as
+    k -> 0 and the staircase as k -> infinity (arXiv 1908.05033, section 3.2, in units of the scale).  Values near a
+    rounding border then get more than their gradient, those near a code less, and settle there.  Forward rounds hard
+    at all times, so what is trained is what is shipped.
+
+    Attributes:
+        start, end: k before and after training, moved through geometrically.
+        progress: how much of training is done, from 0 to 1; a callback moves it.
+
+    Raises:
+        ValueError: k is not positive.
+    """
+
+    start: float = 1.0
+    end: float = 4.0
+    progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.start > 0 and self.end > 0):
+            raise ValueError(f"DSQ's sharpness must be positive, got start={self.start}, end={self.end}")
+
+    @property
+    def sharpness(self) -> float:
+        """k now."""
+        return self.start * (self.end / self.start) ** self.progress
+
+    def at(self, progress: float) -> "DSQ":
+        return replace(self, progress=progress)
+
+    def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
+        k = self.sharpness
+        offset = ratio.frac().abs_().sub_(0.5)  # from the middle between two codes; its sign does not matter
+        return offset.mul_(k).tanh_().square_().neg_().add_(1).mul_(k / (2 * math.tanh(k / 2))).mul_(inside)
+
+
+@dataclass(frozen=True)
+class PACT(Estimator):
+    """Learned clipping of static activations (arXiv 1805.06085): only clipped values say where to clip.
+
+    The paper clips at 0 and at a learned alpha; signed activations are clipped at qmin * s and at alpha = qmax * s.
+    Its regularizer, lambda * alpha^2, is a weight decay of the scales: `scale_decay` of
+    `QuantizationAwareTraining` and of `qat.parameter_groups`.  Without it a level only moves where values are clipped.
+    """
+
+    learns_scale = True
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.granularity != "tensor" or spec.dynamic:
+            return f"PACT learns where to clip static activations, and a scale for each {spec.granularity} is not that"
+        return None
+
+    def backward(
+        self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        view, divisor = grouped(x.float(), scale)
+        ratio = view / divisor
+        inside = _inside(ratio, spec)
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * inside).flatten(-2).to(grad.dtype)
         if not needs_scale:
             return grad_x, None
-        slope = codes.sub_(ratio.mul_(inside)).mul_(grad_view)
-        grad_scale = slope.sum(-1)
-        if self.scale_gradient:
-            shared = x.numel() // max(scale.numel(), 1)
-            grad_scale /= (shared * spec.qmax) ** 0.5
-        return grad_x, grad_scale
+        return grad_x, round_clamp(ratio, spec).mul_(~inside).mul_(grad_view).sum(-1)
 
 
 class FakeQuantize(torch.autograd.Function):

@@ -116,13 +116,16 @@ class FakeQuantizer(nn.Module):
         assert self.scale is not None and self.scale.shape == scale.shape, (self.scale, scale.shape)
         self.scale.copy_(scale)
 
-    def weight_scale(self, weight: Tensor) -> Tensor:
-        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored."""
+    def weight_scale(self, weight: Tensor, every: int = 1) -> Tensor:
+        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored.
+
+        With `every`, the same for weight[::every]; a tensor's only scale serves any rows.
+        """
         assert self.scale is not None
-        scale = self.estimator.scale(weight, self.scale.detach(), self.spec)
+        stored = self.scale.detach()[::every]
         if self._current == Stage.FROZEN:
-            scale = store_scale(self.scale.detach(), self.spec)
-        return scale
+            return store_scale(stored, self.spec)
+        return self.estimator.scale(weight, stored, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""

@@ -7,7 +7,7 @@ from torch import nn
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
-from qat.scheme import QuantScheme, SchemeMap
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
 
 
@@ -43,12 +43,14 @@ def prepare(model: nn.Module, schemes: SchemeMap) -> None:
     fold_batch_norms(model, lambda name: "conv" in schemes.kinds and schemes.scheme_of(name) is not None)
 
 
-def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
+def plan(
+    model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
+) -> dict[str, QuantScheme]:
     """Which layers `insert` would quantize, and how; changes nothing.
 
     Raises:
-        ValueError: a layer cannot be quantized as its scheme says (all such layers are named), or no
-            layer would be quantized at all.
+        ValueError: a layer cannot be quantized as its scheme says, or not by the estimator (all such layers are
+            named), or no layer would be quantized at all.
     """
     chosen = {}
     problems = [
@@ -67,6 +69,11 @@ def plan(model: nn.Module, schemes: SchemeMap) -> dict[str, QuantScheme]:
         except ValueError as error:
             problems.append(f"{name}: {error}")
         chosen[name] = kind.fitted(scheme)
+        # What has no input to quantize, an embedding, is not asked for one.
+        inputs = (scheme.input, input_estimator if kind.multiplies else None)
+        for spec, chooses in ((scheme.weight, estimator), inputs):
+            if chooses is not None and (why := _refusal(chooses, spec)) is not None:
+                problems.append(f"{name}: {why}")
     problems += _settle_tied(model, chosen)
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
@@ -99,7 +106,15 @@ def _settle_tied(model: nn.Module, chosen: dict[str, QuantScheme]) -> list[str]:
     return problems
 
 
-def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None) -> dict[str, FakeQuantLayer]:
+def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
+    if spec is None:
+        return f"its input stays in float, so there is nothing for the input estimator {estimator} to do"
+    return estimator.refusal(spec)
+
+
+def insert(
+    model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
+) -> dict[str, FakeQuantLayer]:
     """Turn the layers that `schemes` names into fake-quantized ones, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
@@ -109,6 +124,7 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
         model: any module.
         schemes: which layers, and how.
         estimator: the gradient; LSQ by default.
+        input_estimator: that of activations, where it differs.
 
     Returns:
         The quantized layers by dotted name.
@@ -118,9 +134,10 @@ def insert(model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = N
     """
     estimator = estimator if estimator is not None else LSQ()
     tables: dict[int, FakeQuantizer] = {}
-    for name, scheme in plan(model, schemes).items():
+    for name, scheme in plan(model, schemes, estimator, input_estimator).items():
         module = model.get_submodule(name)
-        layer = LAYERS[type(module)].adopt(module, scheme, estimator, tables.get(id(module.weight)))
+        shared = tables.get(id(module.weight))
+        layer = LAYERS[type(module)].adopt(module, scheme, estimator, input_estimator, shared)
         tables[id(module.weight)] = layer.weight_quantizer
     return layers(model)
 

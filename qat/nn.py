@@ -131,14 +131,20 @@ class FakeQuantLayer(nn.Module):
 
     @classmethod
     def adopt(
-        cls, layer: nn.Module, scheme: QuantScheme, estimator: Estimator, shared: FakeQuantizer | None = None
+        cls,
+        layer: nn.Module,
+        scheme: QuantScheme,
+        estimator: Estimator,
+        input_estimator: Estimator | None = None,
+        shared: FakeQuantizer | None = None,
     ) -> Self:
         """Turn the float `layer` into this class, in place; its function does not change until a stage does.
 
         Args:
             layer: of type `original`.
             scheme: how it is quantized.
-            estimator: the gradient.
+            estimator: of its weight.
+            input_estimator: of its input; by default the weight's.
             shared: the weight's quantizer where another layer has the same weight; None makes one.
 
         Raises:
@@ -149,7 +155,9 @@ class FakeQuantLayer(nn.Module):
         rows = 1 if scheme.weight.granularity == "tensor" else matrix.shape[0]
         shape, device = (rows, scheme.weight.groups(matrix.shape[1])), matrix.device
         weight_quantizer = shared if shared is not None else FakeQuantizer(scheme.weight, shape, estimator, device)
-        input_quantizer = None if scheme.input is None else FakeQuantizer(scheme.input, (1,), estimator, device)
+        input_quantizer = None
+        if scheme.input is not None:
+            input_quantizer = FakeQuantizer(scheme.input, (1,), input_estimator or estimator, device)
         new.__class__ = cls
         new.scheme = scheme
         new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer

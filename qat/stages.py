@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -41,6 +39,7 @@ from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
 from qat.insertion import plan, prepare, set_stage
+from qat.quiet import quiet
 from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
@@ -73,7 +72,7 @@ class Run:
         out = self.out
         out.mkdir(parents=True, exist_ok=True)
         torch.set_flush_denormal(True)
-        _quiet()
+        quiet()
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
             self.schemes = self._schemes()
@@ -147,9 +146,11 @@ class Run:
             quantized = quantization.quantized(task)
             if self.search is not None:
                 self.search.budget(self.search.groups(quantized))
-            self._check_export(plan(quantized, self.schemes), model)
+            chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
+            self._check_export(chosen, model)
             quantization.calibration.check(quantized)
-            self._trainable().check(quantized, plan(quantized, self.schemes))
+            self._trainable().check(quantized, chosen)
+            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, adapters=self.cfg.trainable.r > 0)
         elif self.cfg.trainable.r:
             raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
         start = self.cfg.callbacks.quantization.start_step
@@ -277,7 +278,8 @@ class Run:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
-        return [quantization, self._trainable(), self.recovery, self.export]
+        self.health, oscillation = instantiate(self.cfg.callbacks.health), instantiate(self.cfg.callbacks.oscillation)
+        return [quantization, self._trainable(), oscillation, self.health, self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -381,20 +383,6 @@ class Run:
             "packed_bytes": artifact.packed_bytes,
             "layers": rows,
             "history": self.recovery.history,
+            "health": self.health.rows,
             "control_ptq_calibration": self.control.calibration if self.control else None,
         }
-
-
-def _quiet() -> None:
-    """Keep the terminal for what the user can act on; everything else is in the libraries' own logs."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*GPU available but not.*",
-        ".*your dataloader is not resumable.*",  # the datamodule is
-        ".*Checkpoint directory .* exists and is not empty.*",  # that is what resuming means
-    ):
-        warnings.filterwarnings("ignore", message)

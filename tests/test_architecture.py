@@ -13,7 +13,8 @@ CORE = [
 MAY = {
     "scheme": [],
     "functional": CORE[:1],
-    **dict.fromkeys(["estimators", "observers", "packing"], CORE[:2]),
+    **dict.fromkeys(["observers", "packing"], CORE[:2]),
+    "estimators": [*CORE[:2], "observers"],
     "fake_quantizer": CORE[:5],
     "nn": CORE[:6],
     "structure": CORE[:7],
@@ -26,10 +27,11 @@ MAY = {
     "tasks": ["data", "evaluation"],
     "evaluation": [],
     "report": ["evaluation"],
-    "diagnosis": [*CORE, "calibration", "export"],
+    "diagnosis": [*CORE, "calibration", "training", "export"],
     "callbacks": [*CORE, "calibration", "training", "evaluation", "export", "diagnosis"],
     "config": [],
     "resume": [],
+    "quiet": [],
     "__init__": [*CORE, "calibration", "training"],
     **dict.fromkeys(["stages", "main", "cli"], None),  # anything
 }

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 import qat.config as config
 from qat.diagnosis import WidthSearch
+from qat.estimators import DSQ, LSQ, STE
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 RECIPES = sorted(config.RECIPES.glob("*.yaml"))
@@ -89,6 +90,19 @@ def test_every_quant_option_is_what_its_name_says(name):
 @pytest.mark.parametrize("name", config.choices()["calibration"])
 def test_every_calibration_option_is_called_what_it_is(name):
     assert instantiate(composed(f"calibration={name}").calibration).name == name
+
+
+@pytest.mark.parametrize("name", config.choices()["estimator"])
+def test_every_estimator_option_is_what_the_quantization_callback_gets(name):
+    callback = instantiate(composed(f"estimator={name}").callbacks.quantization)
+    kinds = {"lsq": LSQ(), "lsq_log": LSQ(relative=True), "dsq": DSQ(), "ste": STE()}
+    kinds |= {f"ste_{follow}": STE(follow=follow) for follow in ("absmax", "mse")}
+    assert callback.estimator == kinds[name]
+
+
+def test_an_estimator_that_no_artifact_could_hold_is_no_choice():
+    with pytest.raises(ValueError, match=r"no estimator is called 'lsq_plus'; did you mean lsq"):
+        config.check_overrides(["estimator=lsq_plus"])
 
 
 def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_groups(recipe):

@@ -174,7 +174,7 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
 
 
 def test_a_frozen_weight_scale_does_not_follow_the_weight():
-    quantizer = FakeQuantizer(WEIGHT, (2, 2), STE(follow=True))
+    quantizer = FakeQuantizer(WEIGHT, (2, 2), STE(follow="absmax"))
     quantizer.set_scale(torch.full((2, 2), 0.25))
     weight = torch.randn(2, 8)
     quantizer.set_stage(Stage.TRAIN)

@@ -6,7 +6,7 @@ from torch import nn
 
 import qat.insertion as insertion
 import qat.structure as structure
-from qat.estimators import LSQ, STE
+from qat.estimators import LSQ, PACT, STE
 from qat.fake_quantizer import Stage
 from qat.nn import FakeQuantLinear
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
@@ -61,6 +61,31 @@ def test_each_layer_gets_the_scheme_of_its_rule_and_the_estimator():
     assert model.blocks[1].scheme == CHANNEL
     assert all(q.estimator is estimator for q in insertion.quantizers(model))
     assert len(insertion.quantizers(model)) == 3
+
+
+def test_activations_may_have_an_estimator_of_their_own():
+    model = Net()
+    insertion.insert(model, rules(STATIC), STE(), PACT())
+    kinds = {(type(m.weight_quantizer.estimator), type(m.input_quantizer.estimator)) for m in
+             insertion.layers(model).values()}  # fmt: skip
+    assert kinds == {(STE, PACT)}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "estimators", "message"),
+    [
+        (rules(), (PACT(), None), "first: PACT learns where to clip static activations"),
+        (rules(), (LSQ(), PACT()), "first: its input stays in float"),
+    ],
+    ids=["weights", "no activations"],
+)
+def test_an_estimator_that_cannot_train_a_layer_is_refused_by_name_before_anything_changes(
+    schemes, estimators, message
+):
+    model = Net()
+    with pytest.raises(ValueError, match=message):
+        insertion.insert(model, schemes, *estimators)
+    assert not insertion.layers(model)
 
 
 def test_lsq_is_the_default_estimator():

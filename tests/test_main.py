@@ -272,6 +272,14 @@ BAD = {
         ["trainable=lora", "trainable.target_modules=[foo]"],
         "no quantized linear layer is called foo",
     ),
+    "damping under LoRA": (
+        ["trainable=lora", "callbacks.oscillation.damping=1.0"],
+        "damping and freezing move weights, and under LoRA",
+    ),
+    "freezing under scales that follow": (
+        ["estimator=ste_mse", "callbacks.oscillation.freezing=0.02"],
+        "freezing holds codes under a scale",
+    ),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
-from qat.observers import EMA, MSE, MinMax
+from qat.observers import EMA, MSE, MinMax, mse_scale
 
 OBSERVERS: dict[str, type[MinMax]] = {"absmax": MinMax, "ema": EMA, "mse": MSE}
-
-# Rows of a weight searched at a time: bounds the memory of the search to a few times 32 MB.
-_CHUNK = 1 << 23
 
 
 class RangeCalibration:
@@ -123,23 +120,15 @@ class RangeCalibration:
             quantizer.set_stage(Stage.FLOAT)
 
     def _weight_scale(self, layer: FakeQuantLayer, moment: Tensor | None) -> Tensor:
-        stored = layer.weight_quantizer.scale
+        stored, spec, weight = layer.weight_quantizer.scale, layer.weight_quantizer.spec, layer.matrix
         assert stored is not None
-        scales = []
-        weight = layer.matrix.reshape(stored.shape[0], -1)
-        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-            spec = layer.weight_quantizer.spec
-            observer = MSE(spec, self.signed) if self.weight == "mse" else MinMax(spec)
-            values = rows.reshape(len(rows) * stored.shape[1], -1)
-            if isinstance(observer, MSE):
-                observer.most = values.shape[1]
-                repeats = rows.numel() // layer.matrix.shape[1]
-                weights = None if moment is None else moment.pow(self.importance).repeat(repeats).view(values.shape)
-                observer.observe(values, weights)
-            else:
-                observer.observe(values)
-            scales.append(observer.scale().view(-1, stored.shape[1]))
-        return torch.cat(scales)
+        shape = (stored.shape[0], stored.shape[1])
+        if self.weight == "mse":
+            importance = None if moment is None else moment.pow(self.importance)
+            return mse_scale(weight, shape, spec, self.signed, importance)
+        observer = MinMax(spec)
+        observer.observe(weight.reshape(stored.numel(), -1))
+        return observer.scale().view(shape)
 
 
 def set_tables(model: nn.Module, ranges: RangeCalibration) -> None:

@@ -3,11 +3,14 @@
 from qat.callbacks.distillation import Distillation
 from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
+from qat.callbacks.health import TrainingHealth
 from qat.callbacks.lora import LoRA
+from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
 
 __all__ = [
-    "Distillation", "Export", "LoRA", "NaNGuard", "QuantizationAwareTraining", "RandomState", "Recovery", "SafeExit",
+    "Distillation", "Export", "LoRA", "NaNGuard", "Oscillation", "QuantizationAwareTraining", "RandomState", "Recovery",
+    "SafeExit", "TrainingHealth",
 ]  # fmt: skip

@@ -89,7 +89,9 @@ def measure_control(
     """
     trainer.precision_plugin.convert_module(pl_module)
     pl_module.to(trainer.strategy.root_device)
-    insert(quantization.quantized(pl_module), quantization.schemes, quantization.estimator)
+    insert(
+        quantization.quantized(pl_module), quantization.schemes, quantization.estimator, quantization.input_estimator
+    )
     measure = Measure(trainer, pl_module, quantization)
     in_float = measure.in_float("control")
     tried: dict[str, Measured] = {}

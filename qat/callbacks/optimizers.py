@@ -14,8 +14,8 @@ _SPLIT = "qat_scales"  # marks a parameter group that holds scales
 
 
 @contextmanager
-def scale_groups(model: nn.Module, scale_lr: float) -> Iterator[None]:
-    """Within, an optimizer that is built puts the scales of `model` in groups with `scale_lr` and no decay.
+def scale_groups(model: nn.Module, scale_lr: float, scale_decay: float = 0.0) -> Iterator[None]:
+    """Within, an optimizer that is built puts the scales of `model` in groups with `scale_lr` and `scale_decay`.
 
     The groups are split while the optimizer is built, and not after: schedulers read the number and the
     rates of the groups when they are built themselves.  Groups that hold scales only are left alone.
@@ -35,7 +35,8 @@ def scale_groups(model: nn.Module, scale_lr: float) -> Iterator[None]:
         if not ours or not rest:
             return original(self, {**param_group, "params": params})
         original(self, {**param_group, "params": rest})
-        return original(self, {**param_group, "params": ours, "lr": scale_lr, "weight_decay": 0.0, _SPLIT: True})
+        own = {"params": ours, "lr": scale_lr, "weight_decay": scale_decay, _SPLIT: True}
+        return original(self, {**param_group, **own})
 
     torch.optim.Optimizer.add_param_group = add_split  # type: ignore[method-assign]
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from qat.calibration import Calibration, RangeCalibration
 from qat.callbacks.batches import after, forward_batch, muted
@@ -21,11 +22,10 @@ from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
-from qat.functional import SCALE_FLOOR, away_from_zero
 from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import SchemeMap
 from qat.structure import untie
-from qat.training import scale_parameters
+from qat.training import scale_steps
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ class QuantizationAwareTraining(L.Callback):
         schemes: which layers are quantized, and how.
         calibration: sets the scales when quantization starts, and prepares the weights; MSE by default.
         estimator: the gradient; LSQ by default.
-        scale_lr: learning rate of the scales.
+        input_estimator: that of activations, where it differs (PACT).
+        scale_lr: learning rate of the scales; by default 1e-4, or 5e-3 where the estimator learns log2 of them.
+        scale_decay: weight decay of the scales; PACT's regularizer.
         start_step: optimizer steps in float before quantization starts.
         freeze_share: share of the steps, at the end, in which the scales no longer move.
         submodule: dotted name of the part of the LightningModule to quantize; patterns match names
@@ -57,7 +59,9 @@ class QuantizationAwareTraining(L.Callback):
         schemes: SchemeMap,
         calibration: Calibration | None = None,
         estimator: Estimator | None = None,
-        scale_lr: float = 1e-4,
+        input_estimator: Estimator | None = None,
+        scale_lr: float | None = None,
+        scale_decay: float = 0.0,
         start_step: int = 0,
         freeze_share: float = 0.1,
         submodule: str = "",
@@ -70,10 +74,15 @@ class QuantizationAwareTraining(L.Callback):
             raise ValueError(f"freeze_share must be in [0, 1), got {freeze_share}")
         self.schemes, self.estimator = schemes, estimator if estimator is not None else LSQ()
         self.calibration: Calibration = calibration if calibration is not None else RangeCalibration("mse")
-        self.scale_lr, self.start_step, self.freeze_share = scale_lr, start_step, freeze_share
+        self.input_estimator, self.scale_decay = input_estimator, scale_decay
+        if scale_decay and any(e is not None and e.relative for e in (self.estimator, input_estimator)):
+            raise ValueError("scale_decay shrinks scales, and a relative estimator learns their logarithms: use one")
+        self.scale_lr = scale_lr if scale_lr is not None else 5e-3 if self.estimator.relative else 1e-4
+        self.start_step, self.freeze_share = start_step, freeze_share
         self.submodule, self.untie = submodule, untie
         self.calibration_loader, self.forward = calibration_loader, forward
         self.calibration_folder = calibration_folder
+        self._handles: list[RemovableHandle] = []
 
     def quantized(self, module: nn.Module) -> nn.Module:
         """The part of `module` that is quantized."""
@@ -93,7 +102,7 @@ class QuantizationAwareTraining(L.Callback):
 
         @functools.wraps(original)
         def configure_optimizers() -> Any:
-            with scale_groups(pl_module, self.scale_lr):
+            with scale_groups(pl_module, self.scale_lr, self.scale_decay):
                 built = original()
             check_optimizers(pl_module, built, self.scale_lr)
             return built
@@ -107,13 +116,15 @@ class QuantizationAwareTraining(L.Callback):
         prepare(model, self.schemes)
         if self.untie:
             untie(model)
-        inserted = insert(model, self.schemes, self.estimator)
+        inserted = insert(model, self.schemes, self.estimator, self.input_estimator)
         self.calibration.check(model)
         log.info("%s: %d layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for name in ("configure_optimizers", "configure_model"):
             pl_module.__dict__.pop(name, None)
+        for handle in self._handles:
+            handle.remove()
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -123,6 +134,11 @@ class QuantizationAwareTraining(L.Callback):
                 f"{type(pl_module).__name__} has no fake quantizer: its configure_model builds the model after "
                 "insertion. Call qat.insert(self.model, schemes) at the end of configure_model"
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._handles = [h for optimizer in trainer.optimizers for h in scale_steps(optimizer, pl_module)]
+        if math.isinf(trainer.estimated_stepping_batches) and self.estimator.at(1.0) != self.estimator:
+            raise ValueError(f"{self.estimator} changes until training ends: tell the trainer when, by max_steps")
 
     def stage_at(self, step: int, total: float) -> Stage:
         """The stage of a run of `total` optimizer steps before step `step` (from 0)."""
@@ -136,6 +152,8 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         wanted = self.stage_at(trainer.global_step, trainer.estimated_stepping_batches)
         current = quantizers(pl_module)[0].current_stage
+        if wanted >= Stage.TRAIN:
+            self._schedule(trainer, pl_module)
         if wanted == current:
             return
         if current == Stage.FLOAT:
@@ -145,12 +163,11 @@ class QuantizationAwareTraining(L.Callback):
         set_stage(pl_module, wanted)
         log.info("step %d: quantizers %s", trainer.global_step, wanted.name.lower())
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        with torch.no_grad():
-            for scale in scale_parameters(pl_module):
-                scale.copy_(away_from_zero(scale, SCALE_FLOOR[torch.float32]))
+    def _schedule(self, trainer: L.Trainer, pl_module: nn.Module) -> None:
+        total = trainer.estimated_stepping_batches
+        progress = (trainer.global_step - self.start_step) / max(total - self.start_step, 1)
+        for quantizer in quantizers(pl_module):
+            quantizer.estimator = quantizer.estimator.at(progress)
 
     @staticmethod
     def _settle(pl_module: nn.Module) -> None:

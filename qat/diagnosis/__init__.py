@@ -1,4 +1,4 @@
-"""What quantization costs where: each layer's sensitivity at each width, and the widths that fit a budget best."""
+"""Where quantization costs how much, which widths fit a budget best, and whether training is healthy."""
 
 from qat.diagnosis.sensitivity import measure
 from qat.diagnosis.widths import Group, WidthSearch, assign, frontier

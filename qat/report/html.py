@@ -25,7 +25,8 @@ _COLORS = {
 _DASHES = {"float": "-", "ptq": "--", "control": "-.", "control_ptq": ":"}
 _SHADE = {"ptq_mse": "ptq", "calibrated": "ptq", "packed": "qat"}  # variants take the colour of what they vary
 
-_DRAWN = ("models", "history", "train_history", "layers", "sensitivity", "frontier", "path")  # not in the table of all
+# Not in the table of all.
+_DRAWN = ("models", "history", "train_history", "health", "layers", "sensitivity", "frontier", "path")
 
 WIDTH = 4.6  # inches of 72 units: labels stay legible when a phone shrinks a figure to 340 pixels
 LAYERS_DRAWN = 48  # more bars than this are a wall; the table has all layers
@@ -105,6 +106,8 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
         plots.append(("frontier", title, _draw_frontier, 3.1))
     if any(row["loss"] is not None for row in summary["train_history"]):
         plots.append(("train", "What training minimised, nats per token", _draw_train, 3.1))
+    if summary["health"]:
+        plots.append(("health", "Health of training, %", _draw_health, 3.1))
     if shrinkage(summary):
         plots.append(("bytes", "Size", _draw_bytes, 1.3))
     return [_plot(name, title, draw, height, summary) for name, title, draw, height in plots]
@@ -230,6 +233,21 @@ def _draw_train(axes: Any, summary: dict[str, Any]) -> str:
     axes.plot(*_series(summary["train_history"], "loss"), color=_COLORS["qat"], linewidth=1.3)
     _axes(axes, "step")
     return "Single batches: noisy, and not comparable with held-out losses."
+
+
+def _draw_health(axes: Any, summary: dict[str, Any]) -> str:
+    for name, color, dashes, label in (
+        ("changed", "qat", "-", "changed since the last point"),
+        ("oscillation", "ptq", "--", "turned back, each step"),
+        ("clipped", "control", "-.", "clipped"),
+        ("scale_drift", "control_ptq", ":", "drift of scales"),
+    ):
+        steps, shares = _series(summary["health"], name)
+        axes.plot(steps, [100 * v for v in shares], color=_COLORS[color], linestyle=dashes, label=label)
+    _axes(axes, "step")
+    axes.set_ylim(bottom=0)
+    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    return "Of the weights: codes that changed, that turned back, that are clipped; of the scales: their mean change."
 
 
 def _draw_bytes(axes: Any, summary: dict[str, Any]) -> str:

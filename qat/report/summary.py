@@ -31,6 +31,7 @@ _ROWS = {
     "models": ("name", "loss", "interval", "perplexity", "accuracy", "difference_to_float", "difference_interval"),
     "history": ("step", "qat_loss", "recovery", "recovery_over_control"),
     "train_history": ("step", "loss"),
+    "health": ("step", "oscillation", "changed", "clipped", "scale_drift", "gradient_ratio"),
     "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error"),
     "sensitivity": ("name", "bits", "bytes", "kl", "loss", "fisher", "chosen_bits"),
     "frontier": ("name", "bits", "predicted"),

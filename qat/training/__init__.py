@@ -2,6 +2,8 @@
 
 from qat.training.distillation import divergence
 from qat.training.lora import add_adapters, load_adapter, save_adapter
-from qat.training.parameters import parameter_groups, scale_parameters
+from qat.training.parameters import parameter_groups, scale_parameters, scale_steps
 
-__all__ = ["add_adapters", "divergence", "load_adapter", "parameter_groups", "save_adapter", "scale_parameters"]
+__all__ = [
+    "add_adapters", "divergence", "load_adapter", "parameter_groups", "save_adapter", "scale_parameters", "scale_steps",
+]  # fmt: skip

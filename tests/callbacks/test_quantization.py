@@ -8,7 +8,7 @@ from torch import nn
 
 from qat.calibration import RangeCalibration
 from qat.callbacks import QuantizationAwareTraining
-from qat.estimators import LSQ, STE
+from qat.estimators import DSQ, LSQ, STE
 from qat.fake_quantizer import Stage
 from qat.functional import store_scale
 from qat.insertion import insert, layers, quantizers
@@ -130,7 +130,7 @@ def test_quantization_starts_from_the_weights_of_that_step():
 
 def test_an_estimator_that_follows_the_weights_freezes_where_they_were():
     module = Classifier()
-    fit(module, int4(estimator=STE(follow=True), freeze_share=0.5))
+    fit(module, int4(estimator=STE(follow="absmax"), freeze_share=0.5))
     scale = module.network[0].weight_quantizer.scale
     assert not torch.equal(scale, torch.ones_like(scale))
 
@@ -149,7 +149,7 @@ class StopAt(L.Callback):
 
 
 @pytest.mark.parametrize("stop", BORDERS)
-@pytest.mark.parametrize("estimator", [LSQ(), STE(follow=True)], ids=["lsq", "ste"])
+@pytest.mark.parametrize("estimator", [LSQ(relative=True), DSQ(), STE(follow="absmax")], ids=["lsq_log", "dsq", "ste"])
 def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, estimator, tmp_path):
     settings = {"start_step": 3, "freeze_share": 0.25, "estimator": estimator}
     whole, first, second = (Classifier("onecycle") for _ in range(3))
@@ -204,6 +204,44 @@ def test_calibration_that_needs_data_asks_for_it():
     module = Classifier()
     fit(module, int4(calibration=calibration, calibration_loader=digits()[1]), steps=2)
     assert layers(module)["network.0"].weight_quantizer.active
+
+
+def test_a_relative_estimator_moves_all_scales_by_like_factors():
+    module = Classifier()
+    watch, _ = fit(module, int4(estimator=LSQ(relative=True), scale_lr=0.02, freeze_share=0.0), steps=2)
+    octaves = (watch.scales[1] / watch.scales[0]).log2().abs()
+    # A second step of Adam is at most (1 - b1) / sqrt(1 - b2) = 3.2 learning rates, and none depends on the scale.
+    assert 0 < octaves.max() <= 0.02 * 3.2
+    assert octaves.median() > 0.02 / 10
+
+
+def test_the_rate_of_scales_is_the_estimators_unless_one_is_given():
+    rates = [int4(scale_lr=lr, estimator=e).scale_lr for lr, e in
+             ((None, LSQ()), (None, LSQ(relative=True)), (0.5, LSQ(relative=True)))]  # fmt: skip
+    assert rates == [1e-4, 5e-3, 0.5]
+
+
+def test_dsq_hardens_from_the_start_step_to_the_end():
+    seen = []
+
+    class Sharpness(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append(quantizers(pl_module)[0].estimator.sharpness)
+
+    trainer(int4(estimator=DSQ(start=1.0, end=4.0), start_step=4), Sharpness()).fit(Classifier(), digits()[0])
+    assert seen == pytest.approx([1.0] * 4 + [4 ** (n / 8) for n in range(8)])
+
+
+def test_an_estimator_that_hardens_needs_to_know_when_training_ends():
+    with pytest.raises(ValueError, match=r"DSQ\(.* changes until training ends: tell the trainer when, by max_steps"):
+        trainer(int4(estimator=DSQ()), steps=-1, max_epochs=-1).fit(Classifier(), digits()[0])
+
+
+def test_a_decay_of_scales_is_theirs_alone_and_not_for_logarithms():
+    watch, _ = fit(Classifier(), int4(scale_decay=0.25), steps=2)
+    assert watch.rates[0][2] == [0.25]
+    with pytest.raises(ValueError, match="a relative estimator learns their logarithms"):
+        int4(scale_decay=0.25, estimator=LSQ(relative=True))
 
 
 class Decaying(Classifier):

@@ -89,7 +89,7 @@ def test_the_file_holds_what_training_used(
     linear = nn.Linear(groups * size if size else 13 * groups, rows, bias=False)
     linear.weight.data = WEIGHTS[weights](linear.weight.data).to(DTYPES[weight_dtype])
     scheme = QuantScheme(weight=weight_spec, input=input_spec)
-    layer = FakeQuantLinear.adopt(linear, scheme, STE(follow=True) if follow else LSQ())
+    layer = FakeQuantLinear.adopt(linear, scheme, STE(follow="absmax") if follow else LSQ())
     absmax = layer.weight.detach().float().unflatten(-1, (layer.weight_quantizer.scale.shape[1], -1)).abs().amax(-1)
     layer.weight_quantizer.scale.data = SCALES[scales](absmax / weight_spec.qmax)
     for quantizer in layer.quantizers:

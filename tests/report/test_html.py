@@ -27,6 +27,8 @@ FULL = SMALL | {
                  "recovery_over_control": None if s < 50 else s / 500}
                 for s in (0, 50, 100)],
     "train_history": [{"step": s, "loss": 2.2} for s in (10, 20)],
+    "health": [{"step": s, "oscillation": 0.004, "changed": 0.03, "clipped": 0.01, "scale_drift": s / 1e3,
+                "gradient_ratio": None} for s in (10, 20)],
     "layers": [{"name": f"model.layers.{i}.q_proj", "scheme": "w4a16-g128", "shape": [256, 128], "bytes": 17000,
                 "float_bytes": 65536, "error": 0.081 + i / 1000} for i in range(60)],
     "sensitivity": [{"name": f"model.layers.{i}.{n}", "bits": b, "bytes": 100 * b, "kl": 4.0**-b, "loss": -1e-4,
@@ -133,7 +135,7 @@ def test_null_recovery_shows_its_reason(page):
 def test_every_plot_has_a_name_for_screen_readers_and_follows_dark_mode(full):
     text, parsed = full
     labels = [v for tag, name, v in parsed.attributes if tag == "svg" and name == "aria-label"]
-    assert len(labels) == 8 and len(set(labels)) == 8
+    assert len(labels) == 9 and len(set(labels)) == 9
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     figures = text[text.index("<figure") : text.rindex("</figure>")]
     assert not re.findall(r"(?:fill|stroke): #.{9}", figures), "colours that dark mode cannot change"
