@@ -151,6 +151,8 @@ class FakeQuantLayer(nn.Module):
             ValueError: the group size does not divide the layer's inputs.
         """
         new: Any = layer
+        if not new.weight.is_contiguous():  # channels_last: its matrix would be a copy, and writes to it lost
+            new.weight.data = new.weight.data.contiguous()
         matrix = cls.as_matrix(new.weight)
         rows = 1 if scheme.weight.granularity == "tensor" else matrix.shape[0]
         shape, device = (rows, scheme.weight.groups(matrix.shape[1])), matrix.device

@@ -105,3 +105,14 @@ def test_a_grouped_convolution_takes_ranges_and_refuses_what_needs_one_matrix():
     CALIBRATIONS["mse"](model, lambda: None)
     with pytest.raises(ValueError, match=r"grouped convolution; calibrate by ranges .*calibration=mse"):
         CALIBRATIONS["gptq"](model, torch.no_grad()(lambda: model(images)))
+
+
+def test_a_channels_last_convolution_is_written_through_its_matrix():
+    layer = nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last)
+    model = nn.Sequential(layer)
+    before = layer.weight.detach().clone()
+    insert(model, uniform(QuantSpec(bits=8, granularity="channel"), kinds=("conv",)))
+    assert torch.equal(layer.weight, before)
+    with torch.no_grad():
+        layer.matrix.zero_()
+    assert not layer.weight.any()
