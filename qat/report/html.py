@@ -322,7 +322,7 @@ def _draw_frontier(axes: Any, summary: dict[str, Any]) -> str:
     axes.plot([], [], color=_COLORS["ptq"], marker="s", markersize=4, linestyle="", label="one width for all")
     _logarithmic(axes, "y")
     _axes(axes, "bits a weight, scales included", grid="both")
-    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1.6)
+    axes.legend(loc="upper right")  # the frontier leaves it free
     metric = summary["sensitivity_metric"]
     return f"Sums of what the groups cost alone ({metric}): a ranking, not a forecast. Calibration split."
 
