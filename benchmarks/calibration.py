@@ -13,6 +13,7 @@ finished cell is kept in the JSON file, so an interrupted benchmark goes on wher
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -82,16 +83,22 @@ def outlier_twin(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def prepared(kind: str, seed: int) -> tuple[torch.nn.Module, LanguageData, list[dict]]:
-    """The float model, its data, and the calibration batches of a seed."""
-    model, tokenizer = load("stdlib_llama")
+def float_model(kind: str) -> torch.nn.Module:
+    model, _ = load("stdlib_llama")
     untie(model)  # rotation needs it; the function stays
-    model = outlier_twin(model.eval()) if kind == "outliers" else model.eval()
+    return outlier_twin(model.eval()) if kind == "outliers" else model.eval()
+
+
+def language() -> LanguageData:
     data = LanguageData(python_stdlib, "python_stdlib", calibration_windows=1 << 20)
-    data.tokenizer = tokenizer
+    data.tokenizer = load("stdlib_llama")[1]
+    return data
+
+
+def calibration_batches(data: LanguageData, seed: int) -> list[dict]:
     split = data.split("calibration")
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:WINDOWS].tolist()
-    return model, data, list(torch.utils.data.DataLoader(torch.utils.data.Subset(split, chosen), batch_size=16))
+    return list(torch.utils.data.DataLoader(torch.utils.data.Subset(split, chosen), batch_size=16))
 
 
 @torch.no_grad()
@@ -122,10 +129,9 @@ def by_document(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> 
     return interval(summed[counted > 0], counted[counted > 0])
 
 
-def cell(kind: str, scheme: str, method: str, seed: int) -> dict:
-    """One method at one scheme with one calibration seed; runs in a process of its own."""
-    torch.set_flush_denormal(True)
-    model, data, batches = prepared(kind, seed)
+def cell(model: torch.nn.Module, data: LanguageData, reference: list[dict], batches: list[dict], args: tuple) -> dict:
+    """One method at one scheme on `model`, compared with what the float model answered."""
+    scheme, method = args
     weight, inputs = SCHEMES[scheme]
     insert(model, uniform(weight, inputs, ignore=("*lm_head",)))
 
@@ -138,9 +144,8 @@ def cell(kind: str, scheme: str, method: str, seed: int) -> dict:
     METHODS[method](model, run)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     set_stage(model, Stage.FROZEN)
-    float_model = prepared(kind, seed)[0]  # only now: the peak above is calibration's own
     divergence, difference = [], []
-    for ours, float_ in zip(measured(model, data), measured(float_model, data), strict=True):
+    for ours, float_ in zip(measured(model, data), reference, strict=True):
         tokens = ours["known"].sum(1)
         if ours["split"] == "validation":
             kl = ((float_["logs"].exp() * (float_["logs"] - ours["logs"])).sum(-1) * ours["known"]).sum(1)
@@ -151,25 +156,26 @@ def cell(kind: str, scheme: str, method: str, seed: int) -> dict:
         "kl": by_document(divergence),
         "loss": by_document(difference),
         "seconds": round(seconds, 2),
-        # 0 where reading the data had needed more than calibrating.
         "memory_mb": round((after - before) / 1024, 1),
     }
 
 
-def _child(queue, *arguments) -> None:
+def _child(queue, threads: int, *arguments) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
     queue.put(cell(*arguments))
 
 
-def isolated(*arguments) -> dict:
-    """`cell` in a fresh process: peak memory is that of a process."""
-    context = multiprocessing.get_context("spawn")
+def isolated(threads: int, *arguments) -> dict:
+    """`cell` in a process of its own, since peak memory is a process's: a fork, which starts from what is loaded."""
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(queue, *arguments))
+    process = context.Process(target=_child, args=(queue, threads, *arguments))
     process.start()
     while process.is_alive() and queue.empty():
-        process.join(0.2)
+        process.join(0.1)
     if queue.empty():
-        raise SystemExit(f"{arguments}: its process ended with exit code {process.exitcode}")
+        raise SystemExit(f"{arguments[-1]}: its process ended with exit code {process.exitcode}")
     result = queue.get()
     process.join()
     return result
@@ -208,23 +214,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/calibration.json"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each cell")
     arguments = parser.parse_args()
     state = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"cells": {}}
     console = Console()
+    torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
+    data = language()
+    models = {kind: float_model(kind) for kind in arguments.models}
+    references = {kind: list(measured(model, data)) for kind, model in models.items()}
     for seed in arguments.seeds:
-        for kind in arguments.models:
-            for scheme in arguments.schemes:
-                for method in arguments.methods:
-                    key = f"{kind} {scheme} {method} seed={seed}"
-                    if key in state["cells"]:
-                        continue
-                    state["cells"][key] = isolated(kind, scheme, method, seed)
-                    state["torch"] = torch.__version__
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = arguments.json.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(state, indent=1) + "\n")
-                    os.replace(temporary, arguments.json)
-                    console.print(key, {k: v for k, v in state["cells"][key].items()})
+        batches = calibration_batches(data, seed)
+        for kind, scheme, method in itertools.product(arguments.models, arguments.schemes, arguments.methods):
+            key = f"{kind} {scheme} {method} seed={seed}"
+            if key in state["cells"]:
+                continue
+            found = isolated(arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
+            state["cells"][key] = found | {"threads": arguments.threads}
+            state["torch"] = torch.__version__
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            temporary = arguments.json.with_suffix(".tmp")
+            temporary.write_text(json.dumps(state, indent=1) + "\n")
+            os.replace(temporary, arguments.json)
+            console.print(key, {k: v for k, v in state["cells"][key].items()})
     for table in tables(state["cells"], arguments):
         console.print(table)
 
