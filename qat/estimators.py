@@ -176,6 +176,11 @@ class DSQ(LSQ):
     def at(self, progress: float) -> "DSQ":
         return replace(self, progress=progress)
 
+    def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.element == "float":
+            return "DSQ's staircase has even steps, and FP8's are not: use estimator=lsq, or kv_cache=int8"
+        return None
+
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         k = self.sharpness
         offset = ratio.frac().abs_().sub_(0.5)  # from the middle between two codes; its sign does not matter

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.attention import key_values
 from qat.export import compressed_tensors
 from qat.export.compressed_tensors import write_float
 from qat.export.fold import Folded, Recorded, fold, record
@@ -89,6 +90,8 @@ def export(
         OSError: the disk is full.
     """
     quantized = layers(model)
+    if key_values(model):
+        raise ValueError("quantized keys and values cannot be exported yet: train with kv_cache=null to export")
     if not quantized:
         raise ValueError("the model has no quantized layer; write_float writes float models")
     if missing := [name for name in quantized if name not in recorded]:
