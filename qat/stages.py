@@ -164,6 +164,8 @@ class Run:
     def _check_export(self, chosen: dict[str, QuantScheme], model: Any) -> None:
         trained = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision, model.dtype)
         dtype = self._export_dtype() or trained
+        if self.schemes.kv_cache is not None:
+            raise ValueError("quantized keys and values cannot be exported yet: use quant.kv_cache=null")
         if problems := [f"{name}: {why}" for name, s in chosen.items() if (why := refusal(s, dtype)) is not None]:
             raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 

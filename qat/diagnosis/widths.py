@@ -83,7 +83,6 @@ class WidthSearch:
     kv_cache: str | None = None
 
     def __post_init__(self) -> None:
-        self.cache = None if self.kv_cache is None else cache_spec(self.kv_cache)
         if not self.widths or len(set(self.widths)) < len(self.widths):
             raise ValueError(f"quant.widths must be different widths, got {list(self.widths)}")
         if self.metric not in ("kl", "loss", "fisher"):
@@ -96,7 +95,7 @@ class WidthSearch:
         if self.windows < 1:
             raise ValueError(f"quant.windows must be at least 1, got {self.windows}")
         for bits in self.widths:
-            self.scheme(bits)
+            self.uniform(bits)
 
     def scheme(self, bits: int) -> QuantScheme:
         """Of a layer with `bits` wide weights."""
@@ -109,14 +108,18 @@ class WidthSearch:
         """The map with one width everywhere."""
         scheme = self.scheme(bits)
         rules = {**dict.fromkeys(self.ignore), "*": scheme}
-        return SchemeMap(name=f"{scheme}{self._suffix}", rules=rules, kv_cache=self.cache)
+        return SchemeMap(name=f"{scheme}{self._suffix}", rules=rules, kv_cache=self._cache)
 
     def mixed(self, widths: Mapping[str, int]) -> SchemeMap:
         """The map that gives each layer, by its dotted name, a width of its own, and leaves all others in float."""
         inputs, size = self.input.bits if self.input else 16, self.group_size
         name = f"auto{self.budget_bits:g}a{inputs}-{f'g{size}' if size else 'channel'}{self._suffix}"
         rules = {layer: self.scheme(bits) for layer, bits in widths.items()}
-        return SchemeMap(name=name, rules=rules, kv_cache=self.cache)
+        return SchemeMap(name=name, rules=rules, kv_cache=self._cache)
+
+    @property
+    def _cache(self) -> QuantSpec | None:
+        return None if self.kv_cache is None else cache_spec(self.kv_cache)
 
     @property
     def _suffix(self) -> str:
