@@ -2,8 +2,9 @@
 
     python benchmarks/kv_cache.py                  # embedded model, the validation windows; a minute
 
-Differences are paired by window; the error is the standard error of their mean.  Bytes are those that one
-token takes in all layers once a cache stores codes, scales of tokens included: inference does not do so yet.  Static scales are calibrated by squared error on the calibration split.
+Differences are paired by window; the error is the standard error of their mean.  Bytes are those that one token takes in
+all layers once a cache stores codes, scales of tokens included: inference does not do so yet.  Static scales are
+calibrated by squared error on the calibration split.
 """
 
 import argparse

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from qat.attention import key_values
 from qat.calibration import CALIBRATIONS, RangeCalibration
 from qat.estimators import DSQ
+from qat.export import export
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import code_dtype, quantize
+from qat.inference.llama import LlamaDecoder
 from qat.insertion import insert, remove, set_stage
 from qat.scheme import QuantSpec, cache_spec, uniform
 
@@ -176,3 +178,11 @@ def test_scales_of_tokens_are_those_that_a_cache_keeps():
     scale = quantizer.dynamic_scale(torch.randn(2, 2, 8, 16))
     assert scale.shape == (2, 2, 8, 1)
     assert torch.equal(scale, scale.bfloat16().float())
+
+
+def test_no_fused_decoder_or_export_drops_the_quantization_of_keys_and_values(tmp_path):
+    model = calibrated("Llama", "int8")
+    with pytest.raises(ValueError, match="no fused decoder for LlamaForCausalLM with fake-quantized keys and values"):
+        LlamaDecoder(model)
+    with pytest.raises(ValueError, match="quantized keys and values cannot be exported yet"):
+        export(model, {}, tmp_path / "m")
