@@ -2,7 +2,7 @@
 
     python benchmarks/kv_cache.py                  # embedded model, the validation windows; a minute
 
-Differences are paired by window; the error is the standard error of their mean.  Bytes are those that one token takes in
+Differences are paired by window; the error is the standard error of their mean.  Bytes are those a token takes in
 all layers once a cache stores codes, scales of tokens included: inference does not do so yet.  Static scales are
 calibrated by squared error on the calibration split.
 """
