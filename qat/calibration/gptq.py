@@ -191,6 +191,8 @@ def gptq_codes(
 def inverse_factor(gram: Tensor, damping: float = 0.0, name: str = "the layer") -> Tensor:
     """The upper triangular U with (H + damping * mean(diag H) I)^-1 = U^T U; a dead column's row of U is a unit vector.
 
+    Less than four matrices of H's size are held at any time, H among them.
+
     Args:
         gram: H, (in, in), float32 or float64, symmetric and positive semidefinite but for rounding.
         damping: raised, and said in the log, where the factorization fails.
@@ -204,18 +206,20 @@ def inverse_factor(gram: Tensor, damping: float = 0.0, name: str = "the layer") 
     if not live.any():
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     mean = gram.diagonal()[live].mean()
-    # Reversing rows and columns turns a lower factor into an upper one: H = R R^T, so U = R^-1.
-    scaled = (gram / mean).flip(0, 1)
-    scaled.diagonal()[~live.flip(0)] = 1.0
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for share in (damping, *(d for d in _DAMPINGS if d > damping)):
-        lower, failed = torch.linalg.cholesky_ex(scaled + share * identity)
+        # Reversing rows and columns turns a lower factor into an upper one: H = R R^T, so U = R^-1.
+        scaled = gram.flip(0, 1).div_(mean)
+        scaled.diagonal()[~live.flip(0)] = 1.0
+        scaled.diagonal().add_(share)
+        lower, failed = torch.linalg.cholesky_ex(scaled)
         if int(failed) == 0:
-            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device, out=scaled)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             if torch.isfinite(inverse).all():
                 if share > damping:
                     log.warning("%s: its Hessian is singular; damping raised from %g to %g", name, damping, share)
-                return inverse * mean.rsqrt()
+                del lower
+                return inverse.flip(0, 1).mul_(mean.rsqrt())
     raise ValueError(
         "its Hessian cannot be factorized even with damping 1: its inputs are not finite or differ too much in size; "
         "calibrate on more data, or by ranges (calibration=mse)"
