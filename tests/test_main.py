@@ -67,6 +67,7 @@ def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_pat
     assert raw["steps"] == 8 and raw["tokens"] == 8 * 4 * 32
     assert raw["packed_bytes"] / raw["float_bytes"] == pytest.approx((128 / 2 + 2) / 256)  # a row of 128: codes, scale
     assert [row["step"] for row in raw["history"]] == [4, 8]
+    assert {(row["tokens"], row["dead_inputs"]) for row in raw["layers"]} == {(10 * 32, 0)}
     assert raw["control_loss"] < raw["float_loss"]  # it was trained
     assert "PTQ(control)" in capsys.readouterr().out  # the table
     assert (out / "report.html").stat().st_size > 10_000
@@ -259,7 +260,8 @@ BAD = {
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
     "a budget below the smallest widths": (["quant=auto", "quant.budget_bits=2"], "quant.budget_bits=2.125"),
-    "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no linear layer"),
+    "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no layer"),
+    "a rule of no layer": (["quant.ignore=['*lm_haed']"], "matches no layer"),
     "a width that the export cannot hold": (["quant=w8a8", "quant.input.bits=4"], "4-bit activations"),
     "a group size that does not divide an untied layer": (
         ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
