@@ -223,7 +223,7 @@ def inverse_factor(
         if int(failed) == 0:
             inverse.zero_().diagonal().fill_(1.0)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            if _finite(inverse):
+            if _finite(inverse.mT):
                 if share > damping:
                     log.warning("%s: its Hessian is singular; damping raised from %g to %g", name, damping, share)
                 del lower
