@@ -1,4 +1,4 @@
-"""llm-compressor's post-training quantization of one model, for `calibration_peers.py`; runs in an environment of its own.
+"""llm-compressor's post-training quantization of one model, for `calibration_peers.py`, in an environment of its own.
 
     python llm_compressor_oneshot.py MODEL TOKENS.json OUT --method gptq --group-size 128 --bits 4
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 
+import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int)
     arguments = parser.parse_args()
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda self, *_: self  # its AWQ pins memory always, which fails on a CPU alone
     with open(arguments.tokens) as file:
         samples = json.load(file)
     data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples])

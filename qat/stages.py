@@ -361,6 +361,7 @@ class Run:
             "scheme": self.schemes.name,
             "model": self.cfg.model.name,
             "data": self.data.name,
+            "unit": self.data.unit,
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
