@@ -5,7 +5,7 @@
 
 llm-compressor runs in that environment, with its defaults, on the samples without padding; what it writes is loaded by
 transformers here.  Losses above the float model's on the test documents, and ours minus theirs, paired, with 95 %
-intervals (bootstrap over documents), in millinats per token.  The losses' sign: a negative difference is ours better.
+intervals (bootstrap over documents), in millinats per token.  Below 0 ours is better.
 """
 
 import argparse
@@ -45,6 +45,20 @@ def theirs(python: str, model: Path, tokens: Path, out: Path, scheme: str, metho
     return json.loads(run.stdout.strip().splitlines()[-1])["seconds"]
 
 
+def version_of(python: str) -> str:
+    """Of the llm-compressor that `python` imports."""
+    words = [python, "-c", "import importlib.metadata as m; print(m.version('llmcompressor'))"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write(path: Path, result: dict) -> None:
+    """After every row, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="of an environment with llm-compressor")
@@ -54,6 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/calibration_peers.json"))
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
+    version = version_of(arguments.peer_python)
     data, model, rows = language(), float_model("plain"), []
     reference = list(measured(model, data))
     table = Table(title="loss above float, millinats per token")
@@ -86,16 +101,11 @@ def main() -> None:
                         "seconds": [mine["seconds"], seconds],
                     }  # fmt: skip
                     rows.append(row)
+                    write(arguments.json, {"torch": torch.__version__, "llmcompressor": version, "rows": rows})
                     text = [f"{v:+.2f} [{low:+.2f}, {high:+.2f}]" for v, low, high in
                             (row["ours"], row["theirs"], row["difference"])]  # fmt: skip
                     table.add_row(scheme, method, str(seed), *text, f"{mine['seconds']:.1f}", f"{seconds:.1f}")
                     Console().print(scheme, method, seed, *text)
-    version = "import importlib.metadata as m; print(m.version('llmcompressor'))"
-    found = subprocess.run([arguments.peer_python, "-c", version], capture_output=True, text=True).stdout.strip()
-    result = {"torch": torch.__version__, "llmcompressor": found, "rows": rows}
-    temporary = arguments.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, arguments.json)
     Console(width=150).print(table)
 
 
