@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from qat.tasks.models import check_finite
+from qat.tasks.models import complete
 
 EMBEDDED = {"digits_cnn": Path(__file__).parent.parent / "assets" / "digits_cnn"}
 
@@ -23,17 +23,12 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, None]:
     """
     path = EMBEDDED.get(name, name)
     try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(
+        loaded = AutoModelForImageClassification.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )
-        model, info = loaded
     except Exception as error:
         raise ValueError(f"image model {name} cannot be loaded: {type(error).__name__}: {error}") from error
-    if info["missing_keys"]:  # transformers would go on with random values
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"model {name}: its checkpoint lacks {len(missing)} parameters, such as {missing[0]}")
-    check_finite(model)
-    return model, None
+    return complete(name, loaded), None
 
 
 def new_resnet(name: str, seed: int = 0, **dimensions: Any) -> tuple[Any, None]:
