@@ -55,9 +55,9 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, tmp_path):
 
 def test_the_adapter_is_written_and_fits_the_model_that_it_came_from(tmp_path):
     module, callback = Classifier(), lora(folder=tmp_path / "adapter", base="digits", target_modules=["0"])
-    trainer(int4(submodule="network"), callback).fit(module, LOADERS[0])
+    trainer(int4(ignore=(), submodule="network"), callback).fit(module, LOADERS[0])
     other = Classifier()
-    insert(other.network, int4().schemes)
+    insert(other.network, int4(ignore=()).schemes)
     load_adapter(other.network, tmp_path / "adapter")
     for name, layer in layers(module.network).items():
         twin = layers(other.network)[name]
@@ -67,7 +67,12 @@ def test_the_adapter_is_written_and_fits_the_model_that_it_came_from(tmp_path):
 
 def test_no_adapter_is_written_for_weights_that_calibration_changed(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    settings = {"calibration": CALIBRATIONS["gptq"], "calibration_loader": LOADERS[0], "submodule": "network"}
+    settings = {
+        "calibration": CALIBRATIONS["gptq"],
+        "calibration_loader": LOADERS[0],
+        "submodule": "network",
+        "ignore": (),
+    }
     trainer(int4(**settings), lora(folder=tmp_path / "adapter")).fit(Classifier(), LOADERS[0])
     assert not (tmp_path / "adapter").exists()
     assert "gptq changed the weights" in caplog.text
