@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qat import stages
 from qat.calibration import GPTQ
+from qat.cli import main as qat_command
 from qat.config import RECIPES
 from qat.data.documents import python_stdlib
 from qat.main import main
@@ -160,7 +161,10 @@ def test_a_convolutional_network_goes_through_the_same_program(monkeypatch, tmp_
     assert models["packed"]["accuracy"] == models["qat"]["accuracy"]
     assert {len(row["shape"]) for row in summary["layers"]} == {2} and len(summary["layers"]) == 7
     assert "millinats/image" in capsys.readouterr().out
-    assert "nats per image" in (tmp_path / "q" / "report.html").read_text()
+    report = (tmp_path / "q" / "report.html").read_text()
+    assert "nats per image" in report and "bootstrap over images" in report and "documents" not in report
+    assert qat_command(["inspect", str(tmp_path / "q" / "export")]) == 0
+    assert "7 packed layers" in capsys.readouterr().out
 
 
 AUTO = ["quant=auto", "quant.widths=[2,4,8]", "quant.windows=8"]

@@ -15,10 +15,16 @@ class ImageClassification(AdamWTask):
         """Logits (batch, classes).
 
         Raises:
-            ValueError: the batch holds no images.
+            ValueError: the batch holds no images, or the model reads something else.
         """
         if "pixel_values" not in batch:
             raise ValueError("task=classification needs images, and this data has none: data=digits")
+        reads = getattr(self.model, "main_input_name", "pixel_values")
+        if reads != "pixel_values":
+            kind = type(self.model).__name__
+            raise ValueError(
+                f"task=classification needs an image classifier, and {kind} reads {reads}: model=digits_cnn"
+            )
         return self.model(pixel_values=batch["pixel_values"]).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

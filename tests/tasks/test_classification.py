@@ -44,6 +44,12 @@ def test_data_of_another_task_is_refused(task, batch, message):
         task(load("digits_cnn")[0], lr=0.0)(batch)
 
 
+def test_a_model_that_reads_no_images_is_refused(tiny_llama):
+    task = ImageClassification(tiny_llama(), lr=0.0)
+    with pytest.raises(ValueError, match="an image classifier, and LlamaForCausalLM reads input_ids: model=digits_cnn"):
+        task({"pixel_values": torch.zeros(1, 1, 8, 8)})
+
+
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"image model \./nowhere cannot be loaded"):
         load("./nowhere")
