@@ -26,7 +26,7 @@ class Reached:
     Attributes:
         tokens: real ones; positions, for a convolution.
         inputs: channels of its input.
-        dead: of them, those that were 0 for every token: how their weights are rounded is left to chance.
+        dead: of them, those that were 0 for every token, so that no measured error depends on their weights.
     """
 
     tokens: int
