@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from qat.estimators import LSQ, STE
+from qat.export import export, record
 from qat.fake_quantizer import Stage
 from qat.functional import grouped, quantize
+from qat.inference import load_packed
+from qat.insertion import layers
 from qat.nn import FakeQuantLinear
 from qat.packing import unpack
 from qat.scheme import QuantScheme, QuantSpec
@@ -106,3 +109,18 @@ def test_what_needs_the_float_weight_is_refused():
     module.weight_quantizer.set_stage(Stage.FLOAT)
     with pytest.raises(ValueError, match="load the float model again"):
         module(torch.randn(5, IN))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_export_holds_the_codes_that_were_held(dtype, tiny_llama, quantize_model, scheme, tmp_path):
+    model = quantize_model(tiny_llama(dtype), scheme("w4a16-g32"))
+    for module in layers(model).values():
+        module.hold()
+    tokens = torch.arange(24)[None]
+    with record(model) as recorded, torch.no_grad():
+        model(tokens)
+    artifact = export(model, recorded, tmp_path / "export")
+    packed, _ = load_packed(tmp_path / "export")
+    for name, module in layers(model).items():
+        assert torch.equal(packed.get_submodule(name).packed, module.weight_quantizer.packed), name
+    assert all(described.weight_error is None for described in artifact.layers)
