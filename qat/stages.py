@@ -30,6 +30,7 @@ from qat.callbacks.control import (
     train_control,
     weights_digest,
 )
+from qat.callbacks.coverage import layer_rows, measure_coverage
 from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
 from qat.callbacks.widths import search_widths
@@ -83,6 +84,9 @@ class Run:
         if self.search is not None:
             with self._stage("search widths"):
                 self._search_widths(self.search)
+        if self.schemes.quantizes:
+            with self._stage("coverage"):
+                self._measure_coverage()
         if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()
@@ -210,6 +214,13 @@ class Run:
             self.schemes, self.searched = found
         except KeyboardInterrupt:
             sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {self._resume_command()}")
+
+    # -- calibration data ---------------------------------------------------------------------------
+
+    def _measure_coverage(self) -> None:
+        task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        self.reached = measure_coverage(task, trainer, self._quantization())
 
     # -- control ------------------------------------------------------------------------------------
 
@@ -350,6 +361,7 @@ class Run:
             "scheme": self.schemes.name,
             "model": self.cfg.model.name,
             "data": self.data.name,
+            "unit": self.data.unit,
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
@@ -367,21 +379,10 @@ class Run:
     def _artifact_facts(self) -> dict[str, Any]:
         artifact = self.export.exported
         assert artifact is not None
-        rows = [
-            {
-                "name": layer.name,
-                "scheme": layer.scheme,
-                "shape": list(layer.shape),
-                "bytes": layer.bytes,
-                "float_bytes": 2 * layer.shape[0] * layer.shape[1],
-                "error": layer.weight_error,
-            }
-            for layer in artifact.layers
-        ]
         return {
             "float_bytes": artifact.float_bytes,
             "packed_bytes": artifact.packed_bytes,
-            "layers": rows,
+            "layers": layer_rows(artifact, self.reached),
             "history": self.recovery.history,
             "health": self.health.rows,
             "control_ptq_calibration": self.control.calibration if self.control else None,
