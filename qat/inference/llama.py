@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.attention import key_values
+from qat.attention import QuantizedKeyValues
 from qat.inference.cache import KeyValueCache, Span, attend
 from qat.inference.cuda_backend import CudaLinear, GatedMlp
 from qat.inference.fusion import Separate, side_by_side
@@ -175,8 +175,8 @@ def unsupported(model: Any) -> str | None:
     config = model.config
     if config.hidden_act != "silu":
         return f"{name} with the activation {config.hidden_act}"
-    if key_values(model):
-        return f"{name} with fake-quantized keys and values"
+    if any(isinstance(module, QuantizedKeyValues) for module in model.modules()):
+        return f"{name} with quantized keys and values"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return f"{name} with sliding attention in some layers"
     if (kind := model.model.rotary_emb.rope_type) in MOVING_ROTARY:
