@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from qat.attention import key_values
 from qat.calibration import CALIBRATIONS, RangeCalibration
 from qat.estimators import DSQ
-from qat.export import export
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import code_dtype, quantize
 from qat.inference.llama import LlamaDecoder
@@ -180,9 +179,6 @@ def test_scales_of_tokens_are_those_that_a_cache_keeps():
     assert torch.equal(scale, scale.bfloat16().float())
 
 
-def test_no_fused_decoder_or_export_drops_the_quantization_of_keys_and_values(tmp_path):
-    model = calibrated("Llama", "int8")
+def test_no_fused_decoder_drops_the_quantization_of_keys_and_values():
     with pytest.raises(ValueError, match="no fused decoder for LlamaForCausalLM with fake-quantized keys and values"):
-        LlamaDecoder(model)
-    with pytest.raises(ValueError, match="quantized keys and values cannot be exported yet"):
-        export(model, {}, tmp_path / "m")
+        LlamaDecoder(calibrated("Llama", "int8"))

@@ -39,13 +39,18 @@ class PackedKeyValues(QuantizedKeyValues):
             self.register_buffer(name, scale)
 
     def update(self, cache: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = to_rows(key, self.k_scale, self.spec), to_rows(value, self.v_scale, self.spec)
+        rows = self.write(key, value)
         if cache is not None:
-            keys, values = cache.update(keys, values, *args, **kwargs)
-        return (
-            from_rows(keys, self.k_scale, self.spec, key.dtype),
-            from_rows(values, self.v_scale, self.spec, value.dtype),
-        )
+            rows = cache.update(*rows, *args, **kwargs)
+        return self.read(*rows, key.dtype)
+
+    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of keys and values (batch, kv_heads, tokens, head_dim)."""
+        return to_rows(key, self.k_scale, self.spec), to_rows(value, self.v_scale, self.spec)
+
+    def read(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What rows stand for, (batch, kv_heads, tokens, head_dim), `dtype`."""
+        return from_rows(keys, self.k_scale, self.spec, dtype), from_rows(values, self.v_scale, self.spec, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedKeyValues":
         """Follow the model to another device, never to another dtype: a rounded scale is another model."""
