@@ -6,7 +6,7 @@
 
 `kv_cache_scheme` has a strategy `token`, but compressed-tensors 0.20 takes one scale for all tokens of a head that a
 forward brings, and vLLM refuses it: for readers other than `load_packed` such keys and values stay in float.  vLLM's
-code serves FP8 with a scale a tensor or a head; its check lets INT8 pass, for which it has no cache.
+code reads FP8 with a scale a tensor or a head; what it makes of INT8, which its check lets pass, was not tried.
 """
 
 from collections.abc import Iterator, Mapping

@@ -6,7 +6,7 @@
                         static activations:    <m>.input_scale (1,)
                         keys and values:       `qat.export.cache`
                         (qat.safetensors, where a layer is of a kind that the format does not know)
-    qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
+    qat.json            qat's own scheme of each layer, of keys and values, provenance, size and SHA-256 of the weights
 
 Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
 """

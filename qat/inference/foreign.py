@@ -57,15 +57,15 @@ def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec 
     with safe_open(weights, "pt") as file:
         scale = next((key for key in sorted(file.keys()) if key.endswith(".k_scale")), None)
         dtype = None if scale is None else _SCALE_DTYPES.get(file.get_slice(scale).get_dtype())
-    strategies = {"tensor": "tensor", "attn_head": "head"}
-    if scheme["dynamic"] or scheme["strategy"] not in strategies or scheme["num_bits"] != 8 or dtype is None:
+    strategy, dynamic, bits = (scheme.get(key) for key in ("strategy", "dynamic", "num_bits"))
+    granularity = {"tensor": "tensor", "attn_head": "head"}.get(strategy or "")
+    if dynamic or granularity is None or bits != 8 or dtype is None:
         raise ValueError(
-            f"{weights}: keys and values are quantized in a way that qat cannot load (strategy {scheme['strategy']}, "
-            f"dynamic {scheme['dynamic']}, {scheme['num_bits']} bits, scales {dtype}): only static scales of a tensor "
-            "or head, of 8 bits, can be"
+            f"{weights}: keys and values are quantized in a way that qat cannot load (strategy {strategy}, dynamic "
+            f"{dynamic}, {bits} bits, scales {dtype}): only 8 bits with static scales of a tensor or head can be"
         )
     try:
-        return _spec({**scheme, "strategy": strategies[scheme["strategy"]]}, scale_dtype=dtype, absmax_rule="qmax")
+        return _spec({**scheme, "strategy": granularity}, scale_dtype=dtype, absmax_rule="qmax")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{weights}: keys and values are quantized in a way that qat cannot load: {error}") from error
 
