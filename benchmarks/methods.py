@@ -9,8 +9,8 @@ recipe itself, which has 16, is the lever "16 windows a step".  The learning rat
 torchao's QAT and of what has a grid of its own are chosen on the validation split with the first seed; other levers
 train at the default's rate.  Figures are losses on the test split, in millinats per token, with 95 % intervals over
 documents, paired.  Recovery over control is (PTQ(control) - method) / (PTQ(control) - control): the control is the
-float model fine-tuned for as many steps at the best of its own rates, and its PTQ the best calibration on the
-validation split.  `outliers` is the outlier twin of `calibration.py`.
+float model fine-tuned for as many steps at the best of its own rates, and its PTQ the better one of GPTQ and AWQ before
+GPTQ on the validation split.  `outliers` is the outlier twin of `calibration.py`.
 
 Each run has a process of its own, and every finished run is kept in the JSON file with all that it was run with, so an
 interrupted benchmark goes on where it was.
@@ -193,23 +193,18 @@ def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int) -> dict[
     return found | {"seconds": round(seconds, 1), "memory_mb": round((after - before) / 1024, 1)}
 
 
-def control(kind: str, schemes: list[str], lr: float, seed: int, steps: int, batch: int) -> dict[str, Any]:
-    """Losses of the control, and of its PTQ at each of `schemes`."""
+def control(kind: str, scheme: str | None, lr: float, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    """Losses of the control, or of its PTQ at `scheme`."""
     L.seed_everything(seed, verbose=False)
     task, data = CausalLM(float_model(kind), lr=lr, weight_decay=0.0), language(seed, batch)
     run = trainer(steps, [])
     run.fit(task, data)
     run.datamodule = data
-    state = {n: t.clone() for n, t in task.state_dict().items()}
-    found: dict[str, Any] = {"ptq": {}}
-    for scheme in schemes:
-        fresh = CausalLM(float_model(kind), lr=lr)
-        fresh.load_state_dict(state)
-        choices = [CALIBRATIONS["weighted_mse"], CALIBRATIONS["gptq"], STARTS["awq, gptq"]]
-        measured = measure_control(fresh, run, quantization(scheme, DEFAULT, lr), choices)
-        found["losses"] = plain(measured.in_float)
-        found["ptq"][scheme] = {"losses": plain(measured.ptq), "calibration": measured.calibration}
-    return found
+    callback: Any = None if scheme is None else quantization(scheme, DEFAULT, lr)
+    if callback is None:
+        return {"losses": plain(Measure(run, task, callback)("control"))}
+    measured = measure_control(task, run, callback, [CALIBRATIONS["gptq"], STARTS["awq, gptq"]])
+    return {"losses": plain(measured.ptq), "calibration": measured.calibration}
 
 
 class Runs:
@@ -256,16 +251,17 @@ class Runs:
         tried = {lr: losses(self.lever(kind, scheme, name, lr, seed), "validation").loss for lr in grid}
         return min(tried, key=tried.__getitem__)
 
-    def control(self, kind: str, name: str, seed: int, first: int) -> dict[str, Any]:
-        """What the lever is measured against: the control with the best of its rates, chosen with seed `first`."""
-        lever, schemes = LEVERS[name], list(TRAINED)
+    def control(self, kind: str, name: str, scheme: str | None, seed: int, first: int) -> dict[str, Any]:
+        """The lever's control, or its PTQ at `scheme`, with the best of its rates for seed `first`."""
+        lever = LEVERS[name]
 
-        def run(lr: float, seed: int) -> dict[str, Any]:
-            title = f"{kind} control lr={lr:g} seed={seed} {lever.steps} steps of {lever.batch}"
-            return self(control, title, {"schemes": schemes}, kind, schemes, lr, seed, lever.steps, lever.batch)
+        def run(scheme: str | None, lr: float, seed: int) -> dict[str, Any]:
+            title = f"{kind} control{', ' + scheme if scheme else ''} lr={lr:g} seed={seed} "
+            title += f"{lever.steps} steps of {lever.batch}"
+            return self(control, title, {}, kind, scheme, lr, seed, lever.steps, lever.batch)
 
-        tried = {lr: losses(run(lr, first), "validation").loss for lr in CONTROL_GRID}
-        return run(min(tried, key=tried.__getitem__), seed)
+        tried = {lr: losses(run(None, lr, first), "validation").loss for lr in CONTROL_GRID}
+        return run(scheme, min(tried, key=tried.__getitem__), seed)
 
 
 def losses(run: dict[str, Any], split: str = "test") -> DocumentLosses:
@@ -278,10 +274,9 @@ def row(name: str, runs: Runs, kind: str, scheme: str, seeds: list[int]) -> list
     lr = runs.best_rate(kind, scheme, name, first)
     default = runs.best_rate(kind, scheme, "default", first)
     own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
-    controls = [runs.control(kind, name, s, first) for s in seeds]
     here = pooled(losses(r) for r in own)
-    best = pooled(losses(c) for c in controls)
-    worst = pooled(losses(c["ptq"][scheme]) for c in controls)
+    best = pooled(losses(runs.control(kind, name, None, s, first)) for s in seeds)
+    worst = pooled(losses(runs.control(kind, name, scheme, s, first)) for s in seeds)
     against = pooled(losses(runs.lever(kind, scheme, "default", default, s)) for s in seeds)
     share, gap = recovered(worst, here, best), difference(here, against)
     cells = [name, f"{lr:g}", f"{1e3 * difference(here, best).value:+.1f}"]
