@@ -12,11 +12,13 @@ documents, paired.  Recovery over control is (PTQ(control) - method) / (PTQ(cont
 float model fine-tuned for as many steps at the best of its own rates, and its PTQ the better one of GPTQ and AWQ before
 GPTQ on the validation split.  `outliers` is the outlier twin of `calibration.py`.
 
-Each run has a process of its own, and every finished run is kept in the JSON file with all that it was run with, so an
-interrupted benchmark goes on where it was.
+ModelOpt installs beside (`pip install nvidia-modelopt`); without it, leave its levers out by --levers.  Each run has a
+process of its own, and every finished run is kept in the JSON file with all that it was run with, so an interrupted
+benchmark goes on where it was.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -93,6 +95,8 @@ LEVERS = {
     "default": DEFAULT,
     "torchao": Lever("torchao", distillation=0.0, grid=GRID),
     "torchao, distilled": Lever("torchao", grid=GRID),
+    "ModelOpt": Lever("modelopt", distillation=0.0, grid=GRID),
+    "ModelOpt, distilled": Lever("modelopt", grid=GRID),
     "next token": Lever(distillation=0.0),
     "from weighted MSE": Lever(calibration="weighted_mse"),
     "from AWQ": Lever(calibration="awq"),
@@ -133,6 +137,30 @@ class TorchaoQAT(L.Callback):
         chosen = lambda m, name: isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")  # noqa: E731
         config = QATConfig(weight_config=weight, activation_config=inputs, step="prepare")
         quantize_(pl_module.model, config, filter_fn=chosen)
+
+
+class ModelOptQAT(L.Callback):
+    """NVIDIA ModelOpt's fake quantization of the same layers: its own API, amax from its `max` calibration."""
+
+    def __init__(self, scheme: str):
+        self.weight, self.inputs = SCHEMES[scheme]
+
+    def setup(self, trainer, pl_module, stage):
+        import modelopt.torch.quantization as mtq
+
+        weight = {"num_bits": self.weight.bits, "block_sizes": {-1: self.weight.group_size}, "enable": True}
+        token = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None, "type": "dynamic"}, "enable": True}
+        rules = {
+            "*weight_quantizer": weight,
+            "*input_quantizer": token if self.inputs else {"enable": False},
+            "*lm_head*": {"enable": False},
+            "*output_quantizer": {"enable": False},
+            "*bmm_quantizer": {"enable": False},
+        }
+        mtq.quantize(pl_module.model, {"quant_cfg": rules, "algorithm": "max"})
+
+
+PEERS = {"torchao": TorchaoQAT, "modelopt": ModelOptQAT}
 
 
 def float_model(kind: str) -> torch.nn.Module:
@@ -179,9 +207,9 @@ def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int) -> dict[
     data = language(seed, lever.batch)
     ours: Any = quantization(scheme, lever, lr) if lever.method == "qat" else None
     callbacks: list[L.Callback] = [Distillation(lever.distillation, lever.temperature, hidden=lever.hidden)]
-    if lever.method == "torchao":
-        callbacks.append(TorchaoQAT(scheme))
-    elif lever.method == "qat":
+    if lever.method in PEERS:
+        callbacks.append(PEERS[lever.method](scheme))
+    else:
         learn = {"all": [], "lora": [LoRA(r=16)], "scales": [ScalesOnly()]}[lever.trainable]
         callbacks += [ours, *learn, Oscillation(lever.damping, lever.freezing)]
     run = trainer(lever.steps, callbacks)
@@ -300,8 +328,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
     arguments = parser.parse_args()
-    if any(name.startswith("torchao") for name in arguments.levers):
-        import torchao  # noqa: F401  a run of ours takes minutes: say now what is missing
+    peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
+    for missing in [m for m in peers if importlib.util.find_spec(m) is None]:
+        parser.error(f"{missing} is not installed here: leave its levers out with --levers")
     torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
     console = Console(width=160)
     runs = Runs(arguments.json, arguments.threads, console)
