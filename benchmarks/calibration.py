@@ -120,13 +120,18 @@ def interval(values: np.ndarray, tokens: np.ndarray) -> list[float]:
     return [1e3 * float(v) for v in (values.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975]))]
 
 
-def by_document(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[float]:
+def by_document_sums(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and tokens of each document that has any, from (value, tokens, document) of the windows of all batches."""
     values, tokens, document = (torch.cat(column).double().numpy() for column in zip(*rows, strict=True))
     index = document.astype(int)
     summed, counted = np.zeros(index.max() + 1), np.zeros(index.max() + 1)
     np.add.at(summed, index, values)
     np.add.at(counted, index, tokens)
-    return interval(summed[counted > 0], counted[counted > 0])
+    return summed[counted > 0], counted[counted > 0]
+
+
+def by_document(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[float]:
+    return interval(*by_document_sums(rows))
 
 
 def cell(model: torch.nn.Module, data: LanguageData, reference: list[dict], batches: list[dict], args: tuple) -> dict:
