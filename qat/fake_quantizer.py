@@ -59,7 +59,8 @@ class FakeQuantizer(nn.Module):
     """The scale of one tensor, float32 whatever the model's dtype, and its stage.
 
     State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one;
-    `stage`, a uint8 buffer, so that a checkpoint carries it.
+    `stage`, a uint8 buffer, so that a checkpoint carries it.  Not in a checkpoint: `spec`, which is that of the width
+    at which forward quantizes now, one of those that `full` nests.
 
     Args:
         spec: how the tensor is quantized.
@@ -75,7 +76,8 @@ class FakeQuantizer(nn.Module):
         self, spec: QuantSpec, scale_shape: tuple[int, ...], estimator: Estimator, device: torch.device | None = None
     ):
         super().__init__()
-        self.spec, self.estimator = spec, estimator
+        self.full = self.spec = spec
+        self.estimator = estimator
         self.observer: MinMax | None = None
         self.recorder: Callable[[Tensor, Tensor, Tensor], None] | None = None
         scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
@@ -117,15 +119,17 @@ class FakeQuantizer(nn.Module):
         self.scale.copy_(scale)
 
     def weight_scale(self, weight: Tensor, every: int = 1) -> Tensor:
-        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored.
+        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as an artifact stores it.
 
         With `every`, the same for weight[::every]; a tensor's only scale serves any rows.
         """
         assert self.scale is not None
         stored = self.scale.detach()[::every]
         if self._current == Stage.FROZEN:
-            return store_scale(stored, self.spec)
-        return self.estimator.scale(weight, stored, self.spec)
+            scale = store_scale(stored, self.full)
+        else:
+            scale = self.estimator.scale(weight, stored, self.full)
+        return scale if self.spec.step == 1 else scale * self.spec.step
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
@@ -162,4 +166,4 @@ class FakeQuantizer(nn.Module):
             self.set_stage(Stage(int(self.stage)))
 
     def extra_repr(self) -> str:
-        return f"int{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"
+        return f"int{'.'.join(map(str, self.full.widths))}, {self.spec.granularity}, {self._current.name.lower()}"

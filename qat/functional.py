@@ -70,7 +70,13 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
-    """The codes of x / scale, float32; overwrites `ratio`, any shape."""
+    """The codes of x / scale, float32; overwrites `ratio`, any shape.
+
+    Codes that are the high bits of wider ones are rounded from those, not from x (arXiv 2502.06786, eq. 6, with signed
+    codes): clamp(round(code / step), qmin, qmax).  A step is a power of two, so nothing but that is rounded.
+    """
+    if spec.sliced_from is not None:
+        ratio = round_clamp(ratio.mul_(spec.step), spec.parent).div_(spec.step)
     return ratio.round_().clamp_(spec.qmin, spec.qmax)
 
 
