@@ -69,7 +69,7 @@ class Nested(L.Callback):
                 "for each: do so in training_step, within qat.at_width(model, bits)"
             )
         if trainer.world_size > 1:
-            raise ValueError("nested widths go backward several times a step, as only one device can: trainer.devices=1")
+            raise ValueError("nested widths go backward several times a step, on one device only: trainer.devices=1")
         self._wrap(trainer, pl_module)
 
     def _wrap(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
