@@ -42,7 +42,7 @@ def assert_same_weights(one, other) -> None:
 
 
 class ByHand(Classifier):
-    """What the callback does, written into the module: eq. 7 of arXiv 2502.06786, a width after another."""
+    """What the callback does, written into the module: section 3.2 of arXiv 2502.06786, a width after another."""
 
     def __init__(self, taught: bool = False):
         super().__init__()
