@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -164,17 +164,17 @@ def compared(model: torch.nn.Module, data: LanguageData, reference: list[dict]) 
     return {"kl": by_document(divergence), "loss": by_document(difference)}
 
 
-def _child(queue, threads: int, *arguments) -> None:
+def _child(queue, function: Callable[..., dict], threads: int, *arguments) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    queue.put(cell(*arguments))
+    queue.put(function(*arguments))
 
 
-def isolated(threads: int, *arguments) -> dict:
-    """`cell` in a process of its own, since peak memory is a process's: a fork, which starts from what is loaded."""
+def isolated(function: Callable[..., dict], threads: int, *arguments) -> dict:
+    """`function` in a process of its own, since peak memory is a process's: a fork, with what is loaded."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(queue, threads, *arguments))
+    process = context.Process(target=_child, args=(queue, function, threads, *arguments))
     process.start()
     while process.is_alive() and queue.empty():
         process.join(0.1)
@@ -232,7 +232,7 @@ def main() -> None:
             key = f"{kind} {scheme} {method} seed={seed}"
             if key in state["cells"]:
                 continue
-            found = isolated(arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
+            found = isolated(cell, arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
             state["cells"][key] = found | {"threads": arguments.threads}
             state["torch"] = torch.__version__
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

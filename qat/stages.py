@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, LoRA, NaNGuard, Nested, QuantizationAwareTraining, RandomState, Recovery, SafeExit
+from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit, Trainable
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -145,6 +145,7 @@ class Run:
             raise ValueError(f"control must be run, cached or none, got {self.cfg.control!r}")
         self.data.setup()
         model: Any = task.model
+        trainable = self._trainable()
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
@@ -153,11 +154,13 @@ class Run:
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
             self._check_export(chosen, model)
             quantization.calibration.check(quantized)
-            self._trainable().check(quantized, chosen)
-            self._nested().check(chosen)
-            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, adapters=self.cfg.trainable.r > 0)
-        elif self.cfg.trainable.r:
-            raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
+            trainable.check(quantized, chosen, quantization)
+            instantiate(self.cfg.callbacks.nested).check(chosen)
+            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
+        elif not trainable.weights_learn:
+            raise ValueError(
+                "quant=none trains no adapter (with nothing quantized, peft does) and no scale: trainable=all"
+            )
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -182,12 +185,10 @@ class Run:
         build = instantiate(self.cfg.callbacks.quantization, _partial_=True)
         return build(schemes=self.schemes, calibration_folder=self._calibration_folder)
 
-    def _nested(self) -> Nested:
-        return instantiate(self.cfg.callbacks.nested)
-
-    def _trainable(self) -> LoRA:
-        folder = self.out / "adapter"
-        return instantiate(self.cfg.trainable, folder=None if folder.exists() else folder, base=self.cfg.model.name)
+    def _trainable(self) -> Trainable:
+        trainable, folder = instantiate(self.cfg.trainable), self.out / "adapter"
+        trainable.folder, trainable.base = None if folder.exists() else folder, self.cfg.model.name
+        return trainable
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -298,7 +299,7 @@ class Run:
         self.recovery = Recovery(ptq, self.control)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype, self.cfg.export_bits)
         self.health, oscillation = instantiate(self.cfg.callbacks.health), instantiate(self.cfg.callbacks.oscillation)
-        learns = [self._trainable(), self._nested()]
+        learns = [self._trainable(), instantiate(self.cfg.callbacks.nested)]
         return [quantization, *learns, oscillation, self.health, self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:

@@ -120,7 +120,7 @@ def test_every_recipe_runs_to_its_export(path, job, monkeypatch, tmp_path):
         words += ["data.extra=null", "data.extra_share=0"]
     if recipe.get("trainer", {}).get("max_steps") != 0:
         words += ["trainer.max_steps=4", "trainer.val_check_interval=2"]
-    if path.stem == "llama_mixed_ptq":
+    if path.stem.startswith("llama_mixed"):
         words += ["quant.widths=[3,4,5]", "quant.windows=4"]
     train(monkeypatch, f"recipe={path.stem}", *words, f"hydra.run.dir={tmp_path}/run")
     summary = read_summary(tmp_path / "run")
@@ -305,6 +305,7 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
     assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
 
 
+SCALES = ["trainable=scales", "callbacks.quantization.freeze_share=0"]
 BAD = {
     "unknown recipe": (["recipe=llama_int4_qta"], "no recipe is called 'llama_int4_qta'; did you mean llama_int4_qat?"),
     "unknown scheme": (["quant=w4a61"], "did you mean w4a16?"),
@@ -337,6 +338,19 @@ BAD = {
     "damping under LoRA": (
         ["trainable=lora", "callbacks.oscillation.damping=1.0"],
         "damping and freezing move weights, and under LoRA",
+    ),
+    "scales that freeze while nothing else learns": (["trainable=scales"], "callbacks.quantization.freeze_share=0"),
+    "scales only, from a float start": ([*SCALES, "callbacks.quantization.start_step=2"], "quantization.start_step=0"),
+    "scales only, of an estimator that learns none": ([*SCALES, "estimator=ste"], "use estimator=lsq or lsq_log"),
+    "scales only, nothing quantized": ([*SCALES, "quant=none"], "quant=none trains no adapter"),
+    "scales only, of a table": (
+        [*SCALES, "calibration=mse", "quant.kinds=[linear,embedding]", "quant.ignore=[]"],
+        "such as model.embed_tokens (Embedding): leave them in float",
+    ),
+    "scales only, with a rank": ([*SCALES, "+trainable.r=8"], "trainable.r"),
+    "damping under scales only": (
+        [*SCALES, "callbacks.oscillation.damping=1.0"],
+        "damping and freezing move weights, and under LoRA or scales-only",
     ),
     "freezing under scales that follow": (
         ["estimator=ste_mse", "callbacks.oscillation.freezing=0.02"],

@@ -10,8 +10,10 @@ from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
+from qat.callbacks.scales_only import ScalesOnly
+from qat.callbacks.trainable import Trainable
 
 __all__ = [
     "Distillation", "Export", "LoRA", "NaNGuard", "Nested", "Oscillation", "QuantizationAwareTraining", "RandomState",
-    "Recovery", "SafeExit", "TrainingHealth",
+    "Recovery", "SafeExit", "ScalesOnly", "Trainable", "TrainingHealth",
 ]  # fmt: skip

@@ -88,10 +88,11 @@ def test_rank_zero_trains_everything():
 
 def test_what_does_not_fit_is_refused_with_what_does():
     module = Classifier()
+    chosen = dict.fromkeys(["0", "2"])
     with pytest.raises(ValueError, match=r"no quantized linear layer is called q_proj.*is one of 0, 2"):
-        lora(target_modules=["q_proj"]).check(module.network, ["0", "2"])
+        lora(target_modules=["q_proj"]).check(module.network, chosen, int4())
     with pytest.raises(ValueError, match="between 1 and 32, the size of 2"):
-        lora(r=33).check(module.network, ["0", "2"])
+        lora(r=33).check(module.network, chosen, int4())
     with pytest.raises(ValueError, match="LoRA needs a QuantizationAwareTraining callback"):
         trainer(lora()).fit(module, LOADERS[0])
     with pytest.raises(ValueError, match="cannot be negative"):
