@@ -12,6 +12,7 @@ from qat.estimators import LSQ, STE
 from qat.functional import quantize, store_scale
 from qat.insertion import layers, plan
 from qat.packing import unpack
+from qat.scheme import QuantScheme
 
 LOADERS = digits()
 
