@@ -30,7 +30,7 @@ class Nested(L.Callback):
         weights: lambda of each width, the scheme's own among them; one that is not named has 1.
 
     Raises:
-        ValueError: a weight is negative, or all are 0.
+        ValueError: a weight is negative.
     """
 
     def __init__(self, weights: Mapping[int, float] | None = None):
@@ -88,8 +88,9 @@ class Nested(L.Callback):
             precision = trainer.precision_plugin
             for bits in (b for b in narrower if self.weight(b) and self._active(pl_module)):
                 with at_width(pl_module, bits), precision.train_step_context(), muted(pl_module):
-                    loss = _loss(self._weighted(again[0](), bits, trainer.accumulate_grad_batches))
-                    backward(precision.pre_backward(loss, pl_module), *args, **kwargs)
+                    result = self._weighted(again[0](), bits, trainer.accumulate_grad_batches)
+                    if result is not None:
+                        backward(precision.pre_backward(_loss(result), pl_module), *args, **kwargs)
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
         pl_module.backward = backward_each  # type: ignore[method-assign]
