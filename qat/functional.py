@@ -74,9 +74,14 @@ def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
 
     Floats saturate: they are clamped to the largest finite value, as servers' kernels do, and then rounded half to even
     by torch's cast, which would turn what is too large into NaN.
+
+    Codes that are the high bits of wider ones are rounded from those, not from x (arXiv 2502.06786, eq. 6, with signed
+    codes): clamp(round(code / step), qmin, qmax).  A step is a power of two, so nothing but that is rounded.
     """
     if spec.element == "float":
         return ratio.copy_(ratio.clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn))
+    if spec.sliced_from is not None:
+        ratio = round_clamp(ratio.mul_(spec.step), spec.parent).div_(spec.step)
     return ratio.round_().clamp_(spec.qmin, spec.qmax)
 
 
