@@ -181,7 +181,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
             "recipe=lama_int4_qat",
             r"no recipe is called 'lama_int4_qat'; did you mean llama_int4_qat\? There are: .*pretrain",
         ),
-        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, none, w4a16"),
+        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, nested, none"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         ("calibration=gptk", r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, awq, gptq, mse"),
         ("recipe=null", "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),
