@@ -22,6 +22,7 @@ _PUBLIC = {
     "DSQ": "qat.estimators",
     "LSQ": "qat.estimators",
     "PACT": "qat.estimators",
+    "SEQ": "qat.estimators",
     "STE": "qat.estimators",
     "Stage": "qat.fake_quantizer",
     "AWQ": "qat.calibration",

@@ -11,9 +11,10 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
         dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
     PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
+    SEQ (arXiv 2502.02631, section 3.2):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
+
 All of them end in codes and a scale, which is what artifacts hold.  Not here, because no artifact could hold what they
-train: learned zero points (LSQ+, arXiv 2004.09576) and levels between the integers (stretched elastic quantization,
-arXiv 2502.02631).
+train: learned zero points (LSQ+, arXiv 2004.09576).
 
 An estimator is a small frozen value without state, shared by all quantizers of a model.
 """
@@ -47,6 +48,11 @@ class Estimator(Protocol):
         """The estimator after `progress`, from 0 to 1, of the steps that train through quantizers."""
         return self
 
+    @property
+    def margin(self) -> float:
+        """How far beyond the outermost codes the gradient of x still passes, in steps of the grid."""
+        return 0.0
+
     def refusal(self, spec: QuantSpec) -> str | None:
         """Why a tensor of `spec` cannot be trained so; None if it can."""
         return None
@@ -62,14 +68,15 @@ class Estimator(Protocol):
         ...
 
 
-def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Whether x / scale lies in [qmin, qmax]; bool, x's shape."""
+def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
+    """Whether x / scale lies in [qmin, qmax], or at most `margin` steps beyond; bool, x's shape."""
     view, divisor = grouped(x.float(), scale)
-    return _inside(view / divisor, spec).flatten(-2)
+    return _inside(view / divisor, spec, margin).flatten(-2)
 
 
-def _inside(ratio: Tensor, spec: QuantSpec) -> Tensor:
-    return (ratio >= spec.qmin) & (ratio <= spec.qmax)
+def _inside(ratio: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
+    reach = margin * spec.step
+    return (ratio >= spec.qmin - reach) & (ratio <= spec.qmax + reach)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class LSQ(Estimator):
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
         codes = round_clamp(ratio.clone(), spec)
-        slope = self._slope(ratio, _inside(ratio, spec))
+        slope = self._slope(ratio, _inside(ratio, spec, self.margin))
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * slope).flatten(-2).to(grad.dtype)
         if not needs_scale:
@@ -161,6 +168,29 @@ class LSQ(Estimator):
 
 
 @dataclass(frozen=True)
+class SEQ(LSQ):
+    """Stretched elastic quantization (arXiv 2502.02631, section 3.2): LSQ for grids of few levels.
+
+    The paper's k levels are those of alpha * (round(clip(w / alpha, -1, 1) * k / 2 - 1/2) + 1/2) * 2 / k: they fill
+    [-alpha, alpha] evenly, and a weight gets its gradient in all of it, the outer halves of the outermost bins too,
+    which LSQ clips.  Its alpha is 2^bits scales here on the odd grid (k = 4 at 2 bits, the levels +-1/4 and +-3/4 of
+    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, so that 0 is a level).
+    """
+
+    @property
+    def margin(self) -> float:
+        return 0.5
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.grid == "full":
+            return (
+                "SEQ stretches a grid that is symmetric around zero: use quant=w2a16 or quant=ternary (grid odd or "
+                "narrow), or another estimator (estimator=lsq) for the full grid"
+            )
+        return None
+
+
+@dataclass(frozen=True)
 class DSQ(LSQ):
     """LSQ whose gradient hardens: from a straight line at first towards the staircase that forward always is.
 
@@ -189,6 +219,11 @@ class DSQ(LSQ):
     def sharpness(self) -> float:
         """k now."""
         return self.start * (self.end / self.start) ** self.progress
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.grid == "odd":
+            return "DSQ's staircase stands on the integers, and the odd grid does not: use estimator=seq or lsq"
+        return None
 
     def at(self, progress: float) -> "DSQ":
         return replace(self, progress=progress)

@@ -103,7 +103,7 @@ class FakeQuantizer(nn.Module):
     def hold(self, weight: Tensor) -> None:
         """Keep the codes of `weight` (out, in), packed; they are constants from now on."""
         codes = quantize(weight, self.weight_scale(weight), self.spec)
-        self.packed = pack(codes.to(torch.int8), self.spec.bits)
+        self.packed = pack(codes.to(torch.int8), self.spec.bits, self.spec.step)
 
     @property
     def active(self) -> bool:

@@ -56,7 +56,7 @@ def grouped(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of x: clamp(round(x / scale), qmin, qmax).
+    """Codes of x: clamp(round(x / scale), qmin, qmax), round to the nearest odd integer on the odd grid.
 
     Args:
         x: (..., in), floating.
@@ -71,7 +71,11 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
     """The codes of x / scale, float32; overwrites `ratio`, any shape."""
-    return ratio.round_().clamp_(spec.qmin, spec.qmax)
+    if spec.grid == "odd":  # exact, and halfway between two codes, an even integer, the upper one
+        ratio.div_(2).floor_().mul_(2).add_(1)
+    else:
+        ratio.round_()
+    return ratio.clamp_(spec.qmin, spec.qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class MSE(MinMax):
         values = values[..., sample]
         assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
         best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
-        signs = (1, -1) if self.signed else (1,)
+        signs = (1, -1) if self.signed and self.spec.grid == "full" else (1,)  # others have no unpaired code
         coarse = [sign * ratio for sign in signs for ratio in self.ratios]
         for tried in (coarse, torch.linspace(-self.coarse, self.coarse, _REFINED).tolist()):
             middle = torch.zeros_like(best) if tried is coarse else best.clone()

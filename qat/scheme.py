@@ -13,8 +13,9 @@ Granularity = Literal["tensor", "channel", "group", "token"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 AbsmaxRule = Literal["half_range", "qmax"]
 Kind = Literal["linear", "embedding", "conv"]
+Grid = Literal["full", "narrow", "odd"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no `grid`
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
@@ -24,10 +25,13 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one tensor is quantized: signed symmetric integers with a scale.
+    """How one tensor is quantized: signed integers (codes) times a scale.
 
     Attributes:
         bits: width, 2 to 8.
+        grid: which integers are codes.  `full`: all that `bits` hold, from -2^(bits-1).  `narrow`: all but that one,
+            symmetric around zero; ternary at 2 bits.  `odd`: the 2^bits odd integers around zero (-3, -1, 1, 3 at
+            2 bits), symmetric and without zero, the scale being half a step (arXiv 2502.02631, section 3.2).
         granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
             `group_size` consecutive inputs of one channel, or a `token` (activations).
         group_size: for `granularity="group"` only.
@@ -36,8 +40,8 @@ class QuantSpec:
         scale_dtype: what the artifact stores; scales are rounded to it before codes are computed,
             in training too.
         absmax_rule: the scale that covers an absolute maximum a: `half_range` is
-            a / ((qmax - qmin) / 2), compressed-tensors' rule; `qmax` is a / qmax, which clips nothing
-            and is what servers' dynamic INT8 kernels use.
+            a / ((2^bits - 1) / 2), compressed-tensors' rule, and a / 2^bits on the odd grid, whose outermost bins end
+            there; `qmax` is a / qmax, which clips nothing and is what servers' dynamic INT8 kernels use.
         element: the element type; `int` is the only one.
 
     Raises:
@@ -46,6 +50,7 @@ class QuantSpec:
 
     bits: int
     granularity: Granularity
+    grid: Grid = "full"
     group_size: int | None = None
     symmetric: bool = True
     dynamic: bool = False
@@ -57,10 +62,13 @@ class QuantSpec:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         _check_choice("granularity", self.granularity, Granularity)
+        _check_choice("grid", self.grid, Grid)
         _check_choice("scale_dtype", self.scale_dtype, ScaleDtype)
         _check_choice("absmax_rule", self.absmax_rule, AbsmaxRule)
         if self.element != "int":
             raise ValueError(f"element must be 'int', got {self.element!r}: float formats are not implemented")
+        if self.grid == "odd" and self.bits == 8:
+            raise ValueError("grid='odd' at 8 bits: its codes, up to 255, do not fit INT8; use grid='full'")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
                 f"granularity={self.granularity!r} with group_size={self.group_size}: "
@@ -79,17 +87,24 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(2 ** (self.bits - 1)) if self.grid == "full" else -self.qmax
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return self.step * 2 ** (self.bits - 1) - 1
+
+    @property
+    def step(self) -> int:
+        """From one code to the next."""
+        return 2 if self.grid == "odd" else 1
 
     @property
     def absmax_divisor(self) -> float:
         """What an absolute maximum is divided by to become a scale."""
-        return (self.qmax - self.qmin) / 2 if self.absmax_rule == "half_range" else float(self.qmax)
+        if self.absmax_rule == "qmax":
+            return float(self.qmax)
+        return 2.0**self.bits if self.grid == "odd" else (2**self.bits - 1) / 2
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of a weight (out, in).
@@ -123,11 +138,14 @@ class QuantScheme:
             raise ValueError("weights have static scales: granularity must be tensor, channel or group")
         if self.input is not None and self.input.granularity not in ("token", "tensor"):
             raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
+        if self.input is not None and self.input.grid != "full":
+            raise ValueError(f"input grid must be full, got {self.input.grid!r}: narrow and odd are for weights")
 
     def __str__(self) -> str:
         weight, size = self.weight, self.weight.group_size
         where = f"g{size}" if size else weight.granularity
-        return f"w{weight.bits}a{self.input.bits if self.input else 16}-{where}"
+        grid = "" if weight.grid == "full" else f"-{weight.grid}"
+        return f"w{weight.bits}a{self.input.bits if self.input else 16}-{where}{grid}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and artifacts; `from_dict` reads them back."""
@@ -135,18 +153,19 @@ class QuantScheme:
 
     @classmethod
     def parse(cls, name: str) -> "QuantScheme":
-        """The scheme that `str` writes: `w4a16-g128`, `w8a16-channel`, `w4a8-g32` (8-bit inputs: a scale a token).
+        """The scheme that `str` writes: `w4a16-g128`, `w2a16-g64-odd`, `w4a8-g32` (8-bit inputs: a scale a token).
 
         Raises:
             ValueError: the name is none.
         """
-        match = re.fullmatch(r"w(\d)a(8|16)-(?:g(\d+)|(channel|tensor))", name)
+        match = re.fullmatch(r"w(\d)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?", name)
         if match is None:
             raise ValueError(
                 f"no scheme is called {name!r}: they are called w4a16-g128, w8a16-channel, w8a8-channel, ..."
             )
-        bits, input_bits, size, where = match.groups()
-        weight = QuantSpec(bits=int(bits), granularity=where or "group", group_size=int(size) if size else None)  # type: ignore[arg-type]
+        bits, input_bits, size, where, grid = match.groups()
+        shape: dict[str, Any] = {"granularity": where or "group", "group_size": int(size) if size else None}
+        weight = QuantSpec(bits=int(bits), grid=grid or "full", **shape)  # type: ignore[arg-type]
         inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax") if input_bits == "8" else None
         return cls(weight=weight, input=inputs)
 

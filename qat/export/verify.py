@@ -115,6 +115,8 @@ def decode(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, 
     if f"{name}.weight_packed" in tensors:
         packed, (rows, columns) = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
         codes = _unpack(packed, weights["num_bits"], int(columns))
+        if weights.get("grid") == "odd":
+            codes = 2 * codes + 1
         if codes.shape != (rows, columns):
             raise VerificationError(f"{packed.shape[0]} rows are stored of {rows}")
     elif f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype == np.int8:

@@ -29,6 +29,8 @@ def use_cpu_kernels(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(layer, PackedLinear):
             continue
         reason = cpu.unsupported(layer.bits, layer.group_size, layer.in_features, layer.input_bits)
+        if layer.odd:
+            reason = "odd codes"
         if dtype not in cpu.TYPES:
             reason = f"activations of {dtype}"
         if reason is None:

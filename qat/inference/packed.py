@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qat.functional import scale_dtype
+from qat.functional import dequantize, scale_dtype
 from qat.kernels import packed_linear, pages
 from qat.kernels.cpu_layer import CpuLayer
-from qat.packing import words_of
+from qat.kernels.reference import quantized_input
+from qat.packing import unpack, words_of
 from qat.scheme import QuantScheme
 
 
@@ -68,6 +70,11 @@ class PackedLinear(nn.Module):
         return self.scheme.weight.bits
 
     @property
+    def odd(self) -> bool:
+        """Whether its codes are odd integers, which the operator, and so every backend, takes for plain ones."""
+        return self.scheme.weight.grid == "odd"
+
+    @property
     def input_bits(self) -> int:
         """Of an activation; 0 leaves activations as they are."""
         return 0 if self.scheme.input is None else self.scheme.input.bits
@@ -88,7 +95,11 @@ class PackedLinear(nn.Module):
             layer = self.resolved(input.dtype)
             if layer is not None and layer.takes(input):
                 return layer(input)
-        spec = self.scheme.input
+        rule = "qmax" if self.scheme.input is None else self.scheme.input.absmax_rule
+        if self.odd:
+            weight = dequantize(unpack(self.packed, self.bits, self.in_features, step=2), self.scale).to(input.dtype)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.linear(quantized_input(input, self.input_bits, self.input_scale, rule), weight, bias)
         return packed_linear(
             input,
             self.packed,
@@ -99,7 +110,7 @@ class PackedLinear(nn.Module):
             self.group_size,
             self.input_bits,
             self.input_scale,
-            "qmax" if spec is None else spec.absmax_rule,
+            rule,
             self.backend,
         )
 

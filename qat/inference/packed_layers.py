@@ -52,7 +52,8 @@ class PackedEmbedding(_Packed):
     def forward(self, input: Tensor) -> Tensor:
         """(...) indices -> (..., in_features)."""
         index = input.flatten()
-        codes = unpack(self.packed[index], self.scheme.weight.bits, self.in_features)
+        spec = self.scheme.weight
+        codes = unpack(self.packed[index], spec.bits, self.in_features, spec.step)
         return dequantize(codes, self.scale[index]).to(self.dtype).view(*input.shape, -1)
 
     def extra_repr(self) -> str:
@@ -97,7 +98,7 @@ class PackedConv2d(_Packed):
             static = self.input_scale
             scale = dynamic_scale(images, spec) if static is None else static.float().expand(*images.shape[:-1], 1)
             input = fake_quantize(images, scale, spec).view_as(input)
-        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features)
+        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features, self.scheme.weight.step)
         weight = dequantize(codes, self.scale).to(input.dtype).view(self.shape)
         if self.padded is not None:
             input = F.pad(input, self.borders, self.padded)
