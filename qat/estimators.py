@@ -48,9 +48,8 @@ class Estimator(Protocol):
         """The estimator after `progress`, from 0 to 1, of the steps that train through quantizers."""
         return self
 
-    @property
-    def margin(self) -> float:
-        """How far beyond the outermost codes the gradient of x still passes, in steps of the grid."""
+    def margin(self, spec: QuantSpec) -> float:
+        """How far beyond the outermost codes of `spec` the gradient of x still passes, in scales."""
         return 0.0
 
     def refusal(self, spec: QuantSpec) -> str | None:
@@ -69,14 +68,13 @@ class Estimator(Protocol):
 
 
 def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
-    """Whether x / scale lies in [qmin, qmax], or at most `margin` steps beyond; bool, x's shape."""
+    """Whether x / scale lies in [qmin, qmax], or at most `margin` beyond; bool, x's shape."""
     view, divisor = grouped(x.float(), scale)
     return _inside(view / divisor, spec, margin).flatten(-2)
 
 
 def _inside(ratio: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
-    reach = margin * spec.step
-    return (ratio >= spec.qmin - reach) & (ratio <= spec.qmax + reach)
+    return (ratio >= spec.qmin - margin) & (ratio <= spec.qmax + margin)
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class LSQ(Estimator):
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
         codes = round_clamp(ratio.clone(), spec)
-        slope = self._slope(ratio, _inside(ratio, spec, self.margin))
+        slope = self._slope(ratio, _inside(ratio, spec, self.margin(spec)))
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * slope).flatten(-2).to(grad.dtype)
         if not needs_scale:
@@ -174,20 +172,12 @@ class SEQ(LSQ):
     The paper's k levels are those of alpha * (round(clip(w / alpha, -1, 1) * k / 2 - 1/2) + 1/2) * 2 / k: they fill
     [-alpha, alpha] evenly, and a weight gets its gradient in all of it, the outer halves of the outermost bins too,
     which LSQ clips.  Its alpha is 2^bits scales here on the odd grid (k = 4 at 2 bits, the levels +-1/4 and +-3/4 of
-    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, so that 0 is a level).
+    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, so that 0 is a level).  The full grid, which
+    is not symmetric around zero, is left to LSQ, as in the paper.
     """
 
-    @property
-    def margin(self) -> float:
-        return 0.5
-
-    def refusal(self, spec: QuantSpec) -> str | None:
-        if spec.grid == "full":
-            return (
-                "SEQ stretches a grid that is symmetric around zero: use quant=w2a16 or quant=ternary (grid odd or "
-                "narrow), or another estimator (estimator=lsq) for the full grid"
-            )
-        return None
+    def margin(self, spec: QuantSpec) -> float:
+        return 0.0 if spec.grid == "full" else spec.step / 2
 
 
 @dataclass(frozen=True)

@@ -376,6 +376,14 @@ def test_seq_passes_gradients_in_the_outer_half_of_the_outermost_bins_where_lsq_
     assert passed == {SEQ(): [0, 3, 3, 3, 3, 0], LSQ(): [0, 0, 0, 3, 0, 0]}
 
 
+def test_seq_leaves_the_full_grid_to_lsq():
+    x, scale, grad, spec = example(3)
+    for ours, lsq in zip(
+        SEQ().backward(grad, x, scale, spec, True), LSQ().backward(grad, x, scale, spec, True), strict=True
+    ):
+        assert torch.equal(ours, lsq)
+
+
 def test_dsq_refuses_the_odd_grid():
     assert "use estimator=seq or lsq" in DSQ().refusal(QuantSpec(bits=2, granularity="channel", grid="odd"))
     assert DSQ().refusal(spec_of(2)) is None

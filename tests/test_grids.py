@@ -16,7 +16,7 @@ from qat.export import VerificationError, compressed_tensors, export, record
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import absmax_scale, dequantize, fake_quantize, quantize, store_scale
 from qat.inference import PackedLinear, load_packed
-from qat.insertion import insert, layers, plan, set_stage
+from qat.insertion import insert, layers, set_stage
 from qat.observers import mse_scale
 from qat.packing import pack, unpack
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap
@@ -275,8 +275,3 @@ def test_a_backend_never_takes_odd_codes_for_plain_ones(trained, tmp_path, caplo
     assert "14 layers on reference" in caplog.text
     assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 14
     assert torch.equal(packed(TOKENS).logits, logits)
-
-
-def test_seq_on_the_full_grid_is_refused_before_anything_changes(tiny_llama):
-    with pytest.raises(ValueError, match=r"SEQ stretches a grid that is symmetric around zero: use quant=w2a16"):
-        plan(tiny_llama(), SchemeMap(name="x", rules={"*": QuantScheme.parse("w2a16-g64")}), SEQ())

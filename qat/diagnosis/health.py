@@ -170,5 +170,6 @@ def _watched(layer: FakeQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
     rows = layer.adapted.detach()[::every]
     used = quantizer.weight_scale(rows, every)
     scale = quantizer.scale.detach()[::every] if quantizer.estimator.learns_scale else used
-    clipped = (~inside_range(rows, used, quantizer.spec, quantizer.estimator.margin)).sum()
+    margin = quantizer.estimator.margin(quantizer.spec)
+    clipped = (~inside_range(rows, used, quantizer.spec, margin)).sum()
     return quantize(rows, used, quantizer.spec), scale, clipped
