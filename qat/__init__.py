@@ -21,6 +21,7 @@ _PUBLIC = {
     "untie": "qat.structure",
     "DSQ": "qat.estimators",
     "LSQ": "qat.estimators",
+    "LSQPlus": "qat.estimators",
     "PACT": "qat.estimators",
     "SEQ": "qat.estimators",
     "STE": "qat.estimators",

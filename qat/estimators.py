@@ -12,9 +12,10 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
     PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
     SEQ (arXiv 2502.02631, section 3.2):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
+    LSQ+ (arXiv 2004.09576, section 3.1), v = (x - offset) / s:  LSQ, and
+        d offset = scale_gradient * sum of g outside
 
-All of them end in codes and a scale, which is what artifacts hold.  Not here, because no artifact could hold what they
-train: learned zero points (LSQ+, arXiv 2004.09576).
+All of them end in codes, a scale and an integer zero point, which is what artifacts hold.
 
 An estimator is a small frozen value without state, shared by all quantizers of a model.
 """
@@ -54,6 +55,8 @@ class Estimator(Protocol):
 
     def refusal(self, spec: QuantSpec) -> str | None:
         """Why a tensor of `spec` cannot be trained so; None if it can."""
+        if not spec.symmetric:
+            return f"{type(self).__name__} knows no zero point, and the spec is asymmetric: use estimator=lsq_plus"
         return None
 
     def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
@@ -181,6 +184,46 @@ class SEQ(LSQ):
 
 
 @dataclass(frozen=True)
+class LSQPlus(LSQ):
+    """LSQ that learns the offset of asymmetric activations too (LSQ+, arXiv 2004.09576, section 3.1).
+
+    The paper's x = code * s + offset is computed, from the first step on, with the offset rounded to a whole number of
+    scales: (code - z) * s, z = `qat.functional.zero_point`.  The rounding is passed straight through, so gradients are
+    the paper's.  Symmetric tensors are trained as by LSQ.
+
+    Raises:
+        ValueError: `relative`: an offset has no logarithm.
+    """
+
+    def __post_init__(self) -> None:
+        if self.relative:
+            raise ValueError("LSQPlus learns offsets, which have no logarithm: relative must be false")
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        return None
+
+    def backward_shifted(
+        self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (..., in), of the scale and of the offset (..., groups), given that of fq(x).
+
+        Args:
+            grad, x: (..., in), floating.
+            scale, zero_point: (..., groups), float32.
+            spec: of x.
+        """
+        view, divisor = grouped(x.float(), scale)
+        ratio, zero = view / divisor, zero_point.unsqueeze(-1)
+        inside = (ratio >= spec.qmin - zero) & (ratio <= spec.qmax - zero)
+        grad_view = grad.float().unflatten(-1, view.shape[-2:])
+        rounded = ratio.round()
+        slope = torch.where(inside, rounded - ratio, (rounded + zero).clamp_(spec.qmin, spec.qmax))
+        of_scale = self._as_learned(slope.mul_(grad_view).sum(-1), x.numel(), scale, spec)
+        of_offset = self._as_learned(grad_view.mul(~inside).sum(-1), x.numel(), scale, spec)
+        return (grad_view * inside).flatten(-2).to(grad.dtype), of_scale, of_offset
+
+
+@dataclass(frozen=True)
 class DSQ(LSQ):
     """LSQ whose gradient hardens: from a straight line at first towards the staircase that forward always is.
 
@@ -213,7 +256,7 @@ class DSQ(LSQ):
     def refusal(self, spec: QuantSpec) -> str | None:
         if spec.grid == "odd":
             return "DSQ's staircase stands on the integers, and the odd grid does not: use estimator=seq or lsq"
-        return None
+        return super().refusal(spec)
 
     def at(self, progress: float) -> "DSQ":
         return replace(self, progress=progress)
@@ -238,7 +281,7 @@ class PACT(Estimator):
     def refusal(self, spec: QuantSpec) -> str | None:
         if spec.granularity != "tensor" or spec.dynamic:
             return f"PACT learns where to clip static activations, and a scale for each {spec.granularity} is not that"
-        return None
+        return super().refusal(spec)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
@@ -267,3 +310,21 @@ class FakeQuantize(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         grad_x, grad_scale = ctx.estimator.backward(grad, x, scale, ctx.spec, ctx.needs_input_grad[1])
         return grad_x, grad_scale, None, None, None
+
+
+class FakeQuantizeShifted(torch.autograd.Function):
+    """fq(x) of asymmetric activations, with the gradients of LSQ+."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, stored: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec,
+        estimator: LSQPlus,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.spec, ctx.estimator = spec, estimator
+        return fake_quantize(x, scale, spec, zero_point)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale, zero_point = ctx.saved_tensors
+        return *ctx.estimator.backward_shifted(grad, x, scale, zero_point, ctx.spec), None, None, None, None

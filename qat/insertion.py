@@ -75,7 +75,8 @@ def plan(
             problems.append(f"{name}: {error}")
         chosen[name] = kind.fitted(scheme)
         # What has no input to quantize, an embedding, is not asked for one.
-        inputs = (scheme.input, input_estimator if kind.multiplies else None)
+        of_inputs = input_estimator if scheme.input is None else input_estimator or estimator
+        inputs = (scheme.input, of_inputs if kind.multiplies else None)
         for spec, chooses in ((scheme.weight, estimator), inputs):
             if chooses is not None and (why := _refusal(chooses, spec)) is not None:
                 problems.append(f"{name}: {why}")

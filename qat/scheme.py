@@ -25,7 +25,7 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one tensor is quantized: signed integers (codes) times a scale.
+    """How one tensor is quantized: signed integers (codes), less a zero point where there is one, times a scale.
 
     Attributes:
         bits: width, 2 to 8.
@@ -35,7 +35,7 @@ class QuantSpec:
         granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
             `group_size` consecutive inputs of one channel, or a `token` (activations).
         group_size: for `granularity="group"` only.
-        symmetric: True; zero points are not implemented.
+        symmetric: the zero point is 0.  False, for static activations only: an integer, such that 0 is a value.
         dynamic: the scale is computed from each tensor as it comes (activations), not stored.
         scale_dtype: what the artifact stores; scales are rounded to it before codes are computed,
             in training too.
@@ -76,8 +76,11 @@ class QuantSpec:
             )
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
-        if not self.symmetric:
-            raise ValueError("symmetric=False: zero points are not implemented; use symmetric=True")
+        if not self.symmetric and (self.granularity != "tensor" or self.grid != "full"):
+            raise ValueError(
+                f"symmetric=False with granularity={self.granularity!r} and grid={self.grid!r}: only static "
+                "activations have zero points (granularity='tensor', grid='full'); use symmetric=True"
+            )
         if (self.granularity == "token") != self.dynamic:
             raise ValueError(
                 f"granularity={self.granularity!r} with dynamic={self.dynamic}: per-token scales are dynamic, "
@@ -136,6 +139,8 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.weight.granularity == "token" or self.weight.dynamic:
             raise ValueError("weights have static scales: granularity must be tensor, channel or group")
+        if not self.weight.symmetric:
+            raise ValueError("weights have no zero points: use symmetric=True for them")
         if self.input is not None and self.input.granularity not in ("token", "tensor"):
             raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
         if self.input is not None and self.input.grid != "full":

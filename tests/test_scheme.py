@@ -27,7 +27,8 @@ A8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
         ({"granularity": "group", "group_size": 0}, "group_size must be a positive integer, got 0"),
         ({"granularity": "group", "group_size": -32}, "group_size must be a positive integer, got -32"),
         ({"granularity": "group", "group_size": 32.0}, "group_size must be a positive integer, got 32.0"),
-        ({"symmetric": False}, "symmetric=False: zero points are not implemented; use symmetric=True"),
+        ({"symmetric": False}, "symmetric=False with granularity='channel' and grid='full': only static activations"),
+        ({"symmetric": False, "granularity": "token", "dynamic": True}, "only static activations have zero points"),
         ({"granularity": "token"}, "per-token scales are dynamic, and only they are"),
         ({"dynamic": True}, "per-token scales are dynamic, and only they are"),
     ],
@@ -42,10 +43,11 @@ def test_a_contradictory_spec_is_refused_with_what_is_wrong(fields, message):
     ("fields", "message"),
     [
         ({"weight": A8}, "weights have static scales"),
+        ({"weight": QuantSpec(bits=8, granularity="tensor", symmetric=False)}, "weights have no zero points"),
         ({"weight": W4, "input": W8}, "input granularity must be token or tensor, got 'channel'"),
         ({"weight": W4, "input": W4}, "input granularity must be token or tensor, got 'group'"),
     ],
-    ids=["dynamic weight", "input per channel", "input per group"],
+    ids=["dynamic weight", "asymmetric weight", "input per channel", "input per group"],
 )
 def test_a_contradictory_scheme_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -115,7 +115,8 @@ class RangeCalibration:
         layer.weight_quantizer.set_scale(self._weight_scale(layer, moment))
         for quantizer in layer.quantizers:
             if quantizer.observer is not None:
-                quantizer.set_scale(quantizer.observer.scale())
+                scale = quantizer.observer.scale()
+                quantizer.set_scale(scale, quantizer.observer.offset(scale))
                 quantizer.observer = None
             quantizer.set_stage(Stage.FLOAT)
 

@@ -3,7 +3,8 @@
     config.json         with `quantization_config`, which transformers and vLLM read
     model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
                         int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
-                        static activations:    <m>.input_scale (1,)
+                        static activations:    <m>.input_scale (1,), and where they are asymmetric
+                                               <m>.input_zero_point (1,) int8
                         (qat.safetensors, where a layer is of a kind or on a grid that the format does not know)
     qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
 
@@ -158,6 +159,8 @@ def layer_tensors(layer: Folded) -> dict[str, Tensor]:
     tensors["weight_scale"] = layer.scale
     if layer.input_scale is not None:
         tensors["input_scale"] = layer.input_scale
+    if layer.input_zero_point is not None:
+        tensors["input_zero_point"] = layer.input_zero_point
     return tensors
 
 
@@ -199,7 +202,7 @@ def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
     return own | {
         "num_bits": spec.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": spec.symmetric,
         "group_size": spec.group_size,
         "strategy": strategy,
         "dynamic": spec.dynamic,

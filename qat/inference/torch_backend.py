@@ -117,7 +117,7 @@ def _operator_for(
     layer: PackedLinear, dtype: torch.dtype
 ) -> type[Int4Linear] | type[Int8Linear] | type[Int8DynamicLinear] | None:
     weight, inputs = layer.scheme.weight, layer.scheme.input
-    if layer.odd:
+    if layer.beyond_operator is not None:
         return None
     if weight.bits == 8 and inputs is not None and inputs.bits == 8 and weight.group_size is None:
         return Int8DynamicLinear
