@@ -94,6 +94,7 @@ class FakeQuantizer(nn.Module):
         """Enter `stage`."""
         if self.stage.device.type != "meta":
             self.stage.fill_(int(stage))
+        self._observed: Tensor | None = None  # last: layers that share a quantizer show it the same input
         self._current = stage  # a copy for forward, which must not wait for a device to read a buffer
         for learned in self.learned:
             learned.requires_grad_(self.estimator.learns_scale and stage != Stage.FROZEN)
@@ -157,8 +158,8 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
-        if self._current == Stage.OBSERVE and self.observer is not None:
-            tokens = unmasked(x)
+        if self._current == Stage.OBSERVE and self.observer is not None and x is not self._observed:
+            tokens, self._observed = unmasked(x), x
             if len(tokens):
                 self.observer.observe(tokens.reshape(1, -1))
         if not self.active:

@@ -8,7 +8,7 @@ from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
-from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
+from qat.structure import fold_batch_norms, fused, fused_experts, owners, unfuse_experts
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -124,7 +124,8 @@ def insert(
     """Turn the layers that `schemes` names into fake-quantized ones, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
-    hooks and references stay; safe on the meta device.
+    hooks and references stay; safe on the meta device.  Layers that servers run as one (`qat.structure.fused`) have one
+    quantizer for static activations: a fused layer quantizes its input once.
 
     Args:
         model: any module.
@@ -140,11 +141,16 @@ def insert(
     """
     estimator = estimator if estimator is not None else LSQ()
     tables: dict[int, FakeQuantizer] = {}
-    for name, scheme in plan(model, schemes, estimator, input_estimator).items():
+    chosen = plan(model, schemes, estimator, input_estimator)
+    leaders = {name: group[0] for group in fused(chosen) for name in group}
+    for name, scheme in chosen.items():
         module = model.get_submodule(name)
         shared = tables.get(id(module.weight))
         layer = LAYERS[type(module)].adopt(module, scheme, estimator, input_estimator, shared)
         tables[id(module.weight)] = layer.weight_quantizer
+        leader = leaders.get(name, name)
+        if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
+            layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
     return layers(model)
 
 

@@ -328,10 +328,10 @@ def test_a_backend_leaves_zero_points_of_activations_to_the_reference(backend, t
 def test_an_offset_that_is_not_a_number_is_refused_by_name(trained, tmp_path):
     with torch.enable_grad():
         model, _, _ = trained()
-    layers(model)["model.layers.1.mlp.up_proj"].input_quantizer.offset.fill_(torch.nan)
+    layers(model)["model.layers.1.mlp.down_proj"].input_quantizer.offset.fill_(torch.nan)
     with record(model) as recorded:
         model(TOKENS)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: a input offset is NaN or infinite"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: a input offset is NaN or infinite"):
         export(model, recorded, tmp_path / "m")
 
 
