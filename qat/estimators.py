@@ -256,6 +256,8 @@ class DSQ(LSQ):
     def refusal(self, spec: QuantSpec) -> str | None:
         if spec.grid == "odd":
             return "DSQ's staircase stands on the integers, and the odd grid does not: use estimator=seq or lsq"
+        if spec.element == "float":
+            return "DSQ's staircase has even steps, and FP8's are not: use estimator=lsq, or kv_cache=int8"
         return super().refusal(spec)
 
     def at(self, progress: float) -> "DSQ":

@@ -156,18 +156,26 @@ class FakeQuantizer(nn.Module):
             return store_scale(stored, self.spec)
         return self.estimator.scale(weight, stored, self.spec)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Values of real tokens that share a scale, (scales, n)."""
+        return unmasked(x).reshape(1, -1)
+
+    def dynamic_scale(self, x: Tensor) -> Tensor:
+        """The scale of each token, (..., 1) float32."""
+        return dynamic_scale(x, self.spec)
+
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
         if self._current == Stage.OBSERVE and self.observer is not None and x is not self._observed:
-            tokens, self._observed = unmasked(x), x
-            if len(tokens):
-                self.observer.observe(tokens.reshape(1, -1))
+            rows, self._observed = self.rows(x), x
+            if rows.numel():
+                self.observer.observe(rows)
         if not self.active:
             return x
         if self.scale is None:
-            scale = dynamic_scale(x, self.spec)
+            scale = self.dynamic_scale(x)
             return FakeQuantize.apply(x, scale, scale, self.spec, self.estimator)
-        # One scale for the tensor; the last dimension is its only group.
+        # One scale for the tensor, or one for each head; the last dimension is its only group.
         shape = *x.shape[:-1], 1
         stored, (scale, zero) = self.scale.expand(shape), self.static_qparams()
         if self.offset is None or zero is None:
@@ -196,4 +204,4 @@ class FakeQuantizer(nn.Module):
             self.set_stage(Stage(int(self.stage)))
 
     def extra_repr(self) -> str:
-        return f"int{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"
+        return f"{self.spec.element}{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"

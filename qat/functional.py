@@ -69,7 +69,9 @@ def zero_point(offset: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> Tensor:
-    """Codes of x: clamp(round(x / scale) + zero_point, qmin, qmax), round to the nearest odd integer on the odd grid.
+    """Codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
+
+    On the odd grid, round to the nearest odd integer; of floats, the nearest e4m3 number to clamp(x / scale).
 
     Args:
         x: (..., in), floating.
@@ -77,7 +79,7 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | Non
         zero_point: the shape of scale, float32 holding integers; None for 0.
 
     Returns:
-        (..., in), float32 holding integers in [qmin, qmax].
+        (..., in), float32 holding integers, or e4m3 numbers, in [qmin, qmax]: `code_dtype` holds them exactly.
     """
     view, divisor = grouped(x.float(), scale)
     if zero_point is not None:  # after rounding, as servers add it
@@ -86,7 +88,13 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | Non
 
 
 def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
-    """The codes of x / scale, float32; overwrites `ratio`, any shape."""
+    """The codes of x / scale, float32; overwrites `ratio`, any shape.
+
+    Floats saturate: they are clamped to the largest finite value, as servers' kernels do, and then rounded half to even
+    by torch's cast, which would turn what is too large into NaN.
+    """
+    if spec.element == "float":
+        return ratio.copy_(ratio.clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn))
     if spec.grid == "odd":  # exact, and halfway between two codes, an even integer, the upper one
         ratio.div_(2).floor_().mul_(2).add_(1)
     else:
@@ -94,11 +102,16 @@ def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
     return ratio.clamp_(spec.qmin, spec.qmax)
 
 
+def code_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype of one byte that holds every code of `spec` exactly."""
+    return torch.float8_e4m3fn if spec.element == "float" else torch.int8
+
+
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """codes * scale, in float32; exact for every supported width and 16-bit scale.
 
     Args:
-        codes: (..., in), integers in any dtype.
+        codes: (..., in), integers in any dtype, or e4m3 numbers.
         scale: (..., groups), any floating dtype.
 
     Returns:
@@ -136,3 +149,8 @@ def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     """
     absmax = x.detach().abs().amax(-1, keepdim=True).float()
     return (absmax / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])
+
+
+def cache_scale(x: Tensor, spec: QuantSpec) -> Tensor:
+    """As `dynamic_scale`, in the dtype in which a cache keeps the scale beside the codes: of keys and values."""
+    return store_scale(dynamic_scale(x, spec), spec)

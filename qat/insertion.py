@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from qat.attention import FakeQuantKeyValues, attentions, kv_heads, quantize_key_values, release_key_values
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
@@ -49,8 +50,8 @@ def plan(
     """Which layers `insert` would quantize, and how; changes nothing.
 
     Raises:
-        ValueError: a layer cannot be quantized as its scheme says, or not by the estimator (all such layers are
-            named), a rule's pattern matches none, or no layer would be quantized at all.
+        ValueError: a layer, or keys and values, cannot be quantized as the scheme says, or not by the estimator (all
+            such layers are named), a rule's pattern matches none, or nothing would be quantized at all.
     """
     chosen = {}
     problems = [
@@ -81,9 +82,10 @@ def plan(
             if chooses is not None and (why := _refusal(chooses, spec)) is not None:
                 problems.append(f"{name}: {why}")
     problems += _settle_tied(model, chosen)
+    problems += _cache_problems(model, schemes.kv_cache, input_estimator or estimator)
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
-    if not chosen:
+    if not chosen and (any(schemes.rules.values()) or schemes.kv_cache is None):
         kinds = tuple(original for original, layer in LAYERS.items() if layer.kind in schemes.kinds)
         known = [n for n, m in model.named_modules() if isinstance(m, kinds)]
         raise ValueError(
@@ -112,6 +114,17 @@ def _settle_tied(model: nn.Module, chosen: dict[str, QuantScheme]) -> list[str]:
     return problems
 
 
+def _cache_problems(model: nn.Module, spec: QuantSpec | None, estimator: Estimator | None) -> list[str]:
+    if spec is None:
+        return []
+    try:
+        attentions(model)
+    except ValueError as error:
+        return [str(error)]
+    why = estimator.refusal(spec) if estimator is not None else None
+    return [] if why is None else [f"kv_cache: {why}"]
+
+
 def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
     if spec is None:
         return f"its input stays in float, so there is nothing for the input estimator {estimator} to do"
@@ -121,7 +134,7 @@ def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
 def insert(
     model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
 ) -> dict[str, FakeQuantLayer]:
-    """Turn the layers that `schemes` names into fake-quantized ones, in place.
+    """Fake-quantize the layers that `schemes` names, and keys and values where it says so, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
     hooks and references stay; safe on the meta device.  Layers that servers run as one (`qat.structure.fused`) have one
@@ -151,11 +164,18 @@ def insert(
         leader = leaders.get(name, name)
         if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
             layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
+    if schemes.kv_cache is not None:
+        device = next(model.parameters()).device
+        for attention in attentions(model).values():
+            heads = kv_heads(attention)
+            quantized = FakeQuantKeyValues(schemes.kv_cache, heads, input_estimator or estimator, device)
+            quantize_key_values(attention, quantized)
     return layers(model)
 
 
 def remove(model: nn.Module) -> None:
     """Take all fake quantizers out, in place, leaving float layers with the weights as they are now."""
+    release_key_values(model)
     for layer in [module for module in model.modules() if isinstance(module, FakeQuantLayer)]:
         layer.release()
 

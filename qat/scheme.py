@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-Granularity = Literal["tensor", "channel", "group", "token"]
+Granularity = Literal["tensor", "channel", "group", "token", "head"]
+Element = Literal["int", "float"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 AbsmaxRule = Literal["half_range", "qmax"]
 Kind = Literal["linear", "embedding", "conv"]
 Grid = Literal["full", "narrow", "odd"]
 
 FORMAT_VERSION = 2  # 1 had no `grid`
+_E4M3_MAX = 448  # 1.75 * 2^8: the code above it, 1.875 * 2^8, is NaN
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
@@ -25,24 +27,27 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one tensor is quantized: signed integers (codes), less a zero point where there is one, times a scale.
+    """How one tensor is quantized: signed numbers (codes), less a zero point where there is one, times a scale.
 
     Attributes:
-        bits: width, 2 to 8.
+        bits: width, 2 to 8; 8 for floats.
         grid: which integers are codes.  `full`: all that `bits` hold, from -2^(bits-1).  `narrow`: all but that one,
             symmetric around zero; ternary at 2 bits.  `odd`: the 2^bits odd integers around zero (-3, -1, 1, 3 at
             2 bits), symmetric and without zero, the scale being half a step (arXiv 2502.02631, section 3.2).
         granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
-            `group_size` consecutive inputs of one channel, or a `token` (activations).
+            `group_size` consecutive inputs of one channel, or a `token` (activations); of keys and values a `head`, or
+            a `token` in a head.
         group_size: for `granularity="group"` only.
         symmetric: the zero point is 0.  False, for static activations only: an integer, such that 0 is a value.
-        dynamic: the scale is computed from each tensor as it comes (activations), not stored.
+        dynamic: the scale is computed from each tensor as it comes (activations), not trained.
         scale_dtype: what the artifact stores; scales are rounded to it before codes are computed,
             in training too.
         absmax_rule: the scale that covers an absolute maximum a: `half_range` is
             a / ((2^bits - 1) / 2), compressed-tensors' rule, and a / 2^bits on the odd grid, whose outermost bins end
-            there; `qmax` is a / qmax, which clips nothing and is what servers' dynamic INT8 kernels use.
-        element: the element type; `int` is the only one.
+            there; `qmax` is a / qmax, which clips nothing and is what servers' dynamic INT8 kernels use.  Of floats
+            both are a / qmax.
+        element: `int`, or `float`: OCP FP8 e4m3 without infinities (arXiv 2209.05433, table 1), whose largest value is
+            448; for keys and values only.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -56,7 +61,7 @@ class QuantSpec:
     dynamic: bool = False
     scale_dtype: ScaleDtype = "bfloat16"
     absmax_rule: AbsmaxRule = "half_range"
-    element: Literal["int"] = "int"
+    element: Element = "int"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
@@ -65,8 +70,9 @@ class QuantSpec:
         _check_choice("grid", self.grid, Grid)
         _check_choice("scale_dtype", self.scale_dtype, ScaleDtype)
         _check_choice("absmax_rule", self.absmax_rule, AbsmaxRule)
-        if self.element != "int":
-            raise ValueError(f"element must be 'int', got {self.element!r}: float formats are not implemented")
+        _check_choice("element", self.element, Element)
+        if self.element == "float" and (self.bits != 8 or self.grid != "full"):
+            raise ValueError(f"element='float' with bits={self.bits} and grid={self.grid!r}: floats have 8 bits (e4m3)")
         if self.grid == "odd" and self.bits == 8:
             raise ValueError("grid='odd' at 8 bits: its codes, up to 255, do not fit INT8; use grid='full'")
         if (self.granularity == "group") != (self.group_size is not None):
@@ -76,10 +82,10 @@ class QuantSpec:
             )
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
-        if not self.symmetric and (self.granularity != "tensor" or self.grid != "full"):
+        if not self.symmetric and (self.granularity != "tensor" or self.grid != "full" or self.element != "int"):
             raise ValueError(
                 f"symmetric=False with granularity={self.granularity!r} and grid={self.grid!r}: only static "
-                "activations have zero points (granularity='tensor', grid='full'); use symmetric=True"
+                "activations have zero points (granularity='tensor', grid='full', integers); use symmetric=True"
             )
         if (self.granularity == "token") != self.dynamic:
             raise ValueError(
@@ -90,22 +96,24 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1)) if self.grid == "full" else -self.qmax
+        if self.element == "float" or self.grid != "full":
+            return -self.qmax
+        return -(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return self.step * 2 ** (self.bits - 1) - 1
+        return _E4M3_MAX if self.element == "float" else self.step * 2 ** (self.bits - 1) - 1
 
     @property
     def step(self) -> int:
-        """From one code to the next."""
+        """From one code of integers to the next."""
         return 2 if self.grid == "odd" else 1
 
     @property
     def absmax_divisor(self) -> float:
         """What an absolute maximum is divided by to become a scale."""
-        if self.absmax_rule == "qmax":
+        if self.absmax_rule == "qmax" or self.element == "float":
             return float(self.qmax)
         return 2.0**self.bits if self.grid == "odd" else (2**self.bits - 1) / 2
 
@@ -137,10 +145,12 @@ class QuantScheme:
     input: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.granularity == "token" or self.weight.dynamic:
+        if self.weight.granularity in ("token", "head"):
             raise ValueError("weights have static scales: granularity must be tensor, channel or group")
         if not self.weight.symmetric:
             raise ValueError("weights have no zero points: use symmetric=True for them")
+        if any(spec is not None and spec.element == "float" for spec in (self.weight, self.input)):
+            raise ValueError("FP8 is for keys and values (kv_cache): no packed layer computes with it; use integers")
         if self.input is not None and self.input.granularity not in ("token", "tensor"):
             raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
         if self.input is not None and self.input.grid != "full":
@@ -197,9 +207,11 @@ class SchemeMap:
         rules: pattern to scheme, in order; None leaves a module in float.  A pattern is a glob over
             the whole dotted name (`*.mlp.*`), or a regular expression after `re:`.
         kinds: of layers that rules are about; all others stay in float.
+        kv_cache: how the keys and values of every attention are, after their rotary embedding, as a cache holds them:
+            8 bits, a scale a tensor, head or token; None leaves them in float.
 
     Raises:
-        ValueError: a kind is unknown.
+        ValueError: a kind is unknown, or `kv_cache` is not for keys and values.
 
     Example:
         `SchemeMap(name="w4a16", rules={"*lm_head": None, "*": QuantScheme(weight=...)})`
@@ -208,10 +220,19 @@ class SchemeMap:
     name: str
     rules: Mapping[str, QuantScheme | None] = field(default_factory=dict)
     kinds: Sequence[Kind] = ("linear",)
+    kv_cache: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             _check_choice("kinds", kind, Kind)
+        cache = self.kv_cache
+        if cache is not None and (cache.bits != 8 or cache.granularity not in ("tensor", "head", "token")):
+            raise ValueError(
+                f"kv_cache of {cache.bits} bits and a scale a {cache.granularity}: keys and values have 8 bits and a "
+                "scale a tensor, head or token"
+            )
+        if cache is not None and not (cache.symmetric and cache.grid == "full"):
+            raise ValueError("kv_cache: keys and values have no zero points, and the full grid")
 
     def scheme_of(self, module_name: str) -> QuantScheme | None:
         """The scheme of the module called `module_name`, or None where it stays float."""
@@ -222,8 +243,8 @@ class SchemeMap:
 
     @property
     def quantizes(self) -> bool:
-        """Whether any rule quantizes anything."""
-        return any(self.rules.values())
+        """Whether anything is quantized."""
+        return any(self.rules.values()) or self.kv_cache is not None
 
 
 def uniform(
@@ -232,25 +253,53 @@ def uniform(
     ignore: Sequence[str] = (),
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
     kinds: Sequence[Kind] = ("linear",),
+    kv_cache: QuantSpec | str | None = None,
 ) -> SchemeMap:
     """One scheme for all layers of some kinds but some; `conf/quant/` is made of this.
 
     Args:
-        weight, input: the scheme; `weight=None` quantizes nothing.
+        weight, input: the scheme; `weight=None` quantizes no layer.
         ignore: patterns of layers left in float.
         overrides: pattern to another scheme, its name (see `QuantScheme.parse`) or None, looked at after `ignore`
             and before the rest.
         kinds: of layers that are quantized.
+        kv_cache: of keys and values: a spec, or its name (see `cache_spec`); None leaves them in float.
     """
+    cache = cache_spec(kv_cache) if isinstance(kv_cache, str) else kv_cache
+    suffix = f"kv-{cache_name(cache)}" if cache is not None else ""
     ignored = dict.fromkeys(ignore)
     others = {p: QuantScheme.parse(s) if isinstance(s, str) else s for p, s in (overrides or {}).items()}
     rules: dict[str, QuantScheme | None] = {**ignored, **others, **ignored}  # ignored stay first, and None
     if weight is None:
-        return SchemeMap(name="none", rules=rules)
+        return SchemeMap(name=suffix or "none", rules=rules, kv_cache=cache)
     scheme = QuantScheme(weight=weight, input=input)
-    mixed = "+mixed" if overrides else ""
+    mixed = ("+mixed" if overrides else "") + (f"+{suffix}" if suffix else "")
     rules = rules if "*" in rules else {**rules, "*": scheme}
-    return SchemeMap(name=f"{scheme}{mixed}", rules=rules, kinds=tuple(kinds))
+    return SchemeMap(name=f"{scheme}{mixed}", rules=rules, kinds=tuple(kinds), kv_cache=cache)
+
+
+def cache_spec(name: str) -> QuantSpec:
+    """The spec of keys and values called `name`: `int8` or `fp8`, a scale a tensor; `int8-head`, `fp8-token`, ...
+
+    Raises:
+        ValueError: the name is none.
+    """
+    element, _, where = name.partition("-")
+    if element not in ("int8", "fp8") or where not in ("", "head", "token"):
+        raise ValueError(f"kv_cache={name!r}: it is int8 or fp8, alone, with -head or with -token; or null")
+    return QuantSpec(
+        bits=8,
+        granularity=where or "tensor",  # type: ignore[arg-type]
+        dynamic=where == "token",
+        absmax_rule="qmax",
+        element="float" if element == "fp8" else "int",
+    )
+
+
+def cache_name(spec: QuantSpec) -> str:
+    """What `cache_spec` calls the spec of keys and values."""
+    element = "fp8" if spec.element == "float" else "int8"
+    return element if spec.granularity == "tensor" else f"{element}-{spec.granularity}"
 
 
 def matches(pattern: str, name: str) -> bool:

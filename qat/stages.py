@@ -34,6 +34,7 @@ from qat.callbacks.measure import Measure
 from qat.callbacks.widths import search_widths
 from qat.diagnosis import WidthSearch
 from qat.export import write_float
+from qat.export.cache import cache_refusal
 from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
@@ -170,6 +171,8 @@ class Run:
     def _check_export(self, chosen: dict[str, QuantScheme], model: Any) -> None:
         trained = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision, model.dtype)
         dtype = self._export_dtype() or trained
+        if (why := cache_refusal(self.schemes.kv_cache, dtype)) is not None:
+            raise ValueError(f"quantized keys and values could not be exported after training: {why}")
         if problems := [f"{name}: {why}" for name, s in chosen.items() if (why := refusal(s, dtype)) is not None]:
             raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 

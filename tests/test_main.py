@@ -147,6 +147,21 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
     AutoModelForCausalLM.from_pretrained(out / "export")
 
 
+@pytest.mark.parametrize("quant", [["quant.kv_cache=int8-head"], ["quant=none", "quant.kv_cache=fp8-token"]], ids=str)
+def test_quantized_keys_and_values_go_through_the_program(quant, job, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(monkeypatch, *job[1], *quant, "control=none", f"hydra.run.dir={out}")
+    summary = read_summary(out)
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+    assert summary["scheme"].endswith(f"kv-{quant[-1].partition('=')[2]}")
+    layers = 0 if "quant=none" in quant else len(summary["layers"])
+    assert f"proven bit-exact for {layers} layers and keys and values of 1 attentions" in capsys.readouterr().out
+    assert json.loads((out / "export" / "qat.json").read_text())["kv_cache"]["bits"] == 8
+    AutoModelForCausalLM.from_pretrained(out / "export")
+    assert qat_command(["inspect", str(out / "export")]) == 0
+    assert f"keys and values {quant[-1].partition('=')[2]}" in capsys.readouterr().out
+
+
 def test_a_convolutional_network_goes_through_the_same_program(monkeypatch, tmp_path, capsys):
     words = ["logger=none", "trainer.enable_progress_bar=false", "trainer.val_check_interval=4", "trainer.max_steps=8"]
     train(monkeypatch, "recipe=pretrain_digits_cnn", *words, f"hydra.run.dir={tmp_path}/float")
@@ -302,6 +317,11 @@ BAD = {
     "bad control": (["control=maybe"], "control must be run, cached or none"),
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
+    "scales of keys and values that the export cannot hold": (
+        ["export_dtype=float16", "quant=none", "quant.kv_cache=fp8-head"],
+        "kv_cache=fp8-head: bfloat16 scales in a float16 model",
+    ),
+    "an unknown cache": (["quant.kv_cache=int4"], "kv_cache='int4': it is int8 or fp8"),
     "a budget below the smallest widths": (["quant=auto", "quant.budget_bits=2"], "quant.budget_bits=2.125"),
     "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no layer"),
     "a rule of no layer": (["quant.ignore=['*lm_haed']"], "matches no layer"),

@@ -49,4 +49,5 @@ class Export(L.Callback):
             with torch.no_grad(), trainer.precision_plugin.forward_context(), muted(pl_module):
                 forward_batch(pl_module, to_device(batch, pl_module))
         self.exported = export(model, recorded, self.directory, tokenizer=self.tokenizer, dtype=self.dtype)
-        log.info("exported to %s, proven bit-exact for %d layers", self.directory, len(self.exported.layers))
+        cached = f" and keys and values of {len(of)} attentions" if (of := self.exported.attentions) else ""
+        log.info("exported to %s, proven bit-exact for %d layers%s", self.directory, len(self.exported.layers), cached)

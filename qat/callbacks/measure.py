@@ -11,7 +11,7 @@ from qat.callbacks.batches import muted, step_losses
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import DocumentLosses, evaluate
 from qat.fake_quantizer import Stage
-from qat.insertion import layers, quantizers, set_stage
+from qat.insertion import quantizers, set_stage
 
 Measured = dict[str, DocumentLosses]
 """Losses of one model by split: `validation` (watched while training) and `test` (the figures)."""
@@ -89,7 +89,7 @@ class Measure:
 
     def _at(self, stage: Stage, run: Callable[[], Measured]) -> Measured:
         """`run()` with all quantizers at `stage`; their stages and scales are put back afterwards."""
-        assert layers(self.module), "quantizers are inserted before anything is measured"
+        assert quantizers(self.module), "quantizers are inserted before anything is measured"
         kept = [(q, q.current_stage, None if q.scale is None else q.scale.detach().clone()) for q in
                 quantizers(self.module)]  # fmt: skip
         set_stage(self.module, stage)

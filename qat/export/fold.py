@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.export.cache import record_key_values
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import quantize, scale_dtype
 from qat.insertion import layers
@@ -55,18 +57,19 @@ class Folded:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[dict[str, Recorded]]:
-    """Within, every forward of a quantized layer notes what it used; the last one counts.
+def record(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Within, every forward of a quantized layer, or attention, notes what it used; the last one counts.
 
     Yields:
-        Records by the layer's dotted name, filled as layers run.
+        Records by dotted name, filled as layers run: `Recorded` of a layer, `RecordedKeyValues` of an attention.
     """
-    recorded: dict[str, Recorded] = {}
+    recorded: dict[str, Any] = {}
     before = {name: layer.weight_quantizer.recorder for name, layer in layers(model).items()}
     for name, layer in layers(model).items():
         layer.weight_quantizer.recorder = _recorder(recorded, name, layer.input_quantizer)
     try:
-        yield recorded
+        with record_key_values(model, recorded):
+            yield recorded
     finally:
         for name, layer in layers(model).items():
             layer.weight_quantizer.recorder = before[name]

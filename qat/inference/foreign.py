@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from qat.scheme import QuantScheme, QuantSpec
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 _SCALE_DTYPES: dict[str, Any] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -40,6 +40,35 @@ def foreign_schemes(weights: Path, settings: Mapping[str, Any]) -> dict[str, Qua
                         f"{weights}: {layer} is quantized in a way that qat cannot load: {error}"
                     ) from error
     return schemes
+
+
+def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec | None:
+    """How keys and values are quantized; None for float.
+
+    Args:
+        weights: the safetensors file.
+        scheme: the `kv_cache_scheme`.
+
+    Raises:
+        ValueError: in a way that a packed cache cannot hold.
+    """
+    if scheme is None:
+        return None
+    with safe_open(weights, "pt") as file:
+        scale = next((key for key in sorted(file.keys()) if key.endswith(".k_scale")), None)
+        dtype = None if scale is None else _SCALE_DTYPES.get(file.get_slice(scale).get_dtype())
+    strategy, dynamic, bits = (scheme.get(key) for key in ("strategy", "dynamic", "num_bits"))
+    granularity = {"tensor": "tensor", "attn_head": "head"}.get(strategy or "")
+    if dynamic or granularity is None or bits != 8 or dtype is None:
+        raise ValueError(
+            f"{weights}: keys and values are quantized in a way that qat cannot load (strategy {strategy}, dynamic "
+            f"{dynamic}, {bits} bits, scales {dtype}): only 8 bits with static scales of a tensor or head can be"
+        )
+    try:
+        spec = _spec({**scheme, "strategy": granularity}, scale_dtype=dtype, absmax_rule="qmax")
+        return SchemeMap(name="foreign", kv_cache=spec).kv_cache  # which checks it
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{weights}: keys and values are quantized in a way that qat cannot load: {error}") from error
 
 
 def _scheme(group: Mapping[str, Any], scale_dtype: Any) -> QuantScheme:
