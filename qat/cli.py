@@ -360,7 +360,7 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
             if weight is None or list(weight.shape) != row["shape"]:
                 raise ValueError(f"{against} has no layer {name} of shape {row['shape']}: is it the same architecture?")
             spec = layer.scheme.weight
-            found = dequantize(unpack(layer.packed, spec.bits, layer.in_features, spec.step), layer.scale)
+            found = dequantize(unpack(layer.packed, spec.bits, layer.in_features, spec.spacing), layer.scale)
             row["error"] = float((found - weight.float()).norm() / weight.float().norm())
         rows.append(row)
     return rows

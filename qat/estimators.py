@@ -15,6 +15,9 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
     LSQ+ (arXiv 2004.09576, section 3.1), v = (x - offset) / s:  LSQ, and
         d offset = scale_gradient * sum of g outside
 
+Where codes are the high bits of wider ones (`QuantSpec.at`), s is step times the stored scale: dx is that of an
+ordinary quantizer of this width, straight through both roundings, and that of the stored scale is step * ds.
+
 All of them end in codes, a scale and an integer zero point, which is what artifacts hold.
 
 An estimator is a small frozen value without state, shared by all quantizers of a model.
@@ -66,7 +69,7 @@ class Estimator(Protocol):
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of x (..., in) and, if needed, of the scale (..., groups), given that of fq(x)."""
+        """Gradients of x (..., in) and, if needed, of the stored scale (..., groups), given that of fq(x)."""
         ...
 
 
@@ -120,7 +123,8 @@ class LSQ(Estimator):
 
     Attributes:
         scale_gradient: multiplies the scale's gradient by 1 / sqrt(n * qmax), n being the values that
-            share a scale (section 2.2 of the paper, per group and not per tensor).
+            share a scale (section 2.2 of the paper, per group and not per tensor).  Nested widths share their parent's
+            qmax: with one factor for all, what the scale follows is the gradient of the sum of their losses.
         relative: learn log2 |scale| (arXiv 1903.08066, section 3): a step of the optimizer moves small and large
             scales by the same factor, and never changes a sign.  What is stored is the scale all the same.
     """
@@ -160,8 +164,8 @@ class LSQ(Estimator):
 
     def _as_learned(self, grad_scale: Tensor, count: int, scale: Tensor, spec: QuantSpec) -> Tensor:
         if self.scale_gradient:
-            grad_scale /= (count // max(scale.numel(), 1) * spec.qmax) ** 0.5
-        return grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale
+            grad_scale /= (count // max(scale.numel(), 1) * spec.parent.qmax) ** 0.5
+        return grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale.mul_(spec.step)
 
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         """The slope of the function that stands in for quantization; 0 where not `inside`."""
@@ -180,7 +184,7 @@ class SEQ(LSQ):
     """
 
     def margin(self, spec: QuantSpec) -> float:
-        return 0.0 if spec.grid == "full" else spec.step / 2
+        return 0.0 if spec.grid == "full" else spec.spacing / 2
 
 
 @dataclass(frozen=True)
@@ -283,6 +287,8 @@ class PACT(Estimator):
     def refusal(self, spec: QuantSpec) -> str | None:
         if spec.granularity != "tensor" or spec.dynamic:
             return f"PACT learns where to clip static activations, and a scale for each {spec.granularity} is not that"
+        if spec.nested:
+            return f"PACT learns one level to clip at, and {list(spec.widths)} bits clip at one each: use estimator=lsq"
         return super().refusal(spec)
 
     def backward(

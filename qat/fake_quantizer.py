@@ -62,6 +62,7 @@ class FakeQuantizer(nn.Module):
     State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one; `offset` (1,) of
     an asymmetric activation, the value of code 0 (`qat.functional.zero_point`);
     `stage`, a uint8 buffer, so that a checkpoint carries it; `packed` (out, words) int32, once codes are held.
+    `spec` is in no checkpoint: that of the width at which forward quantizes now, one of those that `full` nests.
 
     Args:
         spec: how the tensor is quantized.
@@ -79,7 +80,8 @@ class FakeQuantizer(nn.Module):
         self, spec: QuantSpec, scale_shape: tuple[int, ...], estimator: Estimator, device: torch.device | None = None
     ):
         super().__init__()
-        self.spec, self.estimator = spec, estimator
+        self.full = self.spec = spec
+        self.estimator = estimator
         self.observer: MinMax | None = None
         self.recorder: Callable[[Tensor, Tensor, Tensor], None] | None = None
         scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
@@ -113,7 +115,7 @@ class FakeQuantizer(nn.Module):
     def hold(self, weight: Tensor) -> None:
         """Keep the codes of `weight` (out, in), packed; they are constants from now on."""
         codes = quantize(weight, self.weight_scale(weight), self.spec)
-        self.packed = pack(codes.to(torch.int8), self.spec.bits, self.spec.step)
+        self.packed = pack(codes.to(torch.int8), self.spec.bits, self.spec.spacing)
 
     @property
     def active(self) -> bool:
@@ -146,15 +148,17 @@ class FakeQuantizer(nn.Module):
         return scale, None if self.offset is None else zero_point(self.offset.detach(), scale, self.spec)
 
     def weight_scale(self, weight: Tensor, every: int = 1) -> Tensor:
-        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored.
+        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as an artifact stores it.
 
         With `every`, the same for weight[::every]; a tensor's only scale serves any rows.
         """
         assert self.scale is not None
         stored = self.scale.detach()[::every]
         if self._current == Stage.FROZEN:
-            return store_scale(stored, self.spec)
-        return self.estimator.scale(weight, stored, self.spec)
+            scale = store_scale(stored, self.full)
+        else:
+            scale = self.estimator.scale(weight, stored, self.full)
+        return scale if self.spec.step == 1 else scale * self.spec.step
 
     def rows(self, x: Tensor) -> Tensor:
         """Values of real tokens that share a scale, (scales, n)."""
@@ -204,4 +208,5 @@ class FakeQuantizer(nn.Module):
             self.set_stage(Stage(int(self.stage)))
 
     def extra_repr(self) -> str:
-        return f"{self.spec.element}{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"
+        widths = ".".join(map(str, self.full.widths))
+        return f"{self.spec.element}{widths}, {self.spec.granularity}, {self._current.name.lower()}"

@@ -92,14 +92,17 @@ def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
 
     Floats saturate: they are clamped to the largest finite value, as servers' kernels do, and then rounded half to even
     by torch's cast, which would turn what is too large into NaN.
+
+    Codes that are the high bits of wider ones are rounded from those, not from x (arXiv 2502.06786, eq. 6, with signed
+    codes): clamp(round(code / step), qmin, qmax).  A step is a power of two, so nothing but that is rounded.
     """
     if spec.element == "float":
         return ratio.copy_(ratio.clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn))
     if spec.grid == "odd":  # exact, and halfway between two codes, an even integer, the upper one
-        ratio.div_(2).floor_().mul_(2).add_(1)
-    else:
-        ratio.round_()
-    return ratio.clamp_(spec.qmin, spec.qmax)
+        return ratio.div_(2).floor_().mul_(2).add_(1).clamp_(spec.qmin, spec.qmax)
+    if spec.sliced_from is not None:
+        ratio = round_clamp(ratio.mul_(spec.step), spec.parent).div_(spec.step)
+    return ratio.round_().clamp_(spec.qmin, spec.qmax)
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:

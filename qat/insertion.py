@@ -1,5 +1,7 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -30,6 +32,37 @@ def set_stage(model: nn.Module, stage: Stage) -> None:
     """Move all fake quantizers of `model` to `stage`."""
     for quantizer in quantizers(model):
         quantizer.set_stage(stage)
+
+
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """The nested widths that `model` can be quantized at, the widest first; empty where nothing is nested."""
+    return nested_widths(layer.scheme for layer in layers(model).values())
+
+
+def nested_widths(schemes: Iterable[QuantScheme]) -> tuple[int, ...]:
+    """The widths that those of `schemes` nest which nest any; `plan` sees to it that they agree."""
+    return next((scheme.weight.widths for scheme in schemes if scheme.weight.nested), ())
+
+
+@contextmanager
+def at_width(model: nn.Module, bits: int) -> Iterator[None]:
+    """Within, weights with nested widths are quantized at `bits`, and all others as ever.
+
+    Raises:
+        ValueError: `bits` is none of `widths`.
+    """
+    nested = [quantizer for quantizer in quantizers(model) if quantizer.full.nested]
+    if not nested:
+        raise ValueError(f"no layer has nested widths, so none can be quantized at {bits} bits: QuantSpec(nested=...)")
+    specs = [quantizer.full.at(bits) for quantizer in nested]
+    before = [quantizer.spec for quantizer in nested]
+    try:
+        for quantizer, spec in zip(nested, specs, strict=True):
+            quantizer.spec = spec
+        yield
+    finally:
+        for quantizer, spec in zip(nested, before, strict=True):
+            quantizer.spec = spec
 
 
 def prepare(model: nn.Module, schemes: SchemeMap) -> None:
@@ -83,6 +116,8 @@ def plan(
                 problems.append(f"{name}: {why}")
     problems += _settle_tied(model, chosen)
     problems += _cache_problems(model, schemes.kv_cache, input_estimator or estimator)
+    if len(nests := {scheme.weight.widths for scheme in chosen.values() if scheme.weight.nested}) > 1:
+        problems.append(f"its layers nest different widths, {sorted(nests)}: a model is quantized at one at a time")
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
     if not chosen and (any(schemes.rules.values()) or schemes.kv_cache is None):

@@ -5,7 +5,7 @@ A *spec* says how one tensor is quantized, a *scheme* how a layer is, a *map* ho
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -48,6 +48,8 @@ class QuantSpec:
             both are a / qmax.
         element: `int`, or `float`: OCP FP8 e4m3 without infinities (arXiv 2209.05433, table 1), whose largest value is
             448; for keys and values only.
+        nested: narrower widths that the same codes serve by their high bits (`at`); kept the widest first.
+        sliced_from: the width whose codes these are the high bits of, in a spec that `at` made.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -62,6 +64,8 @@ class QuantSpec:
     scale_dtype: ScaleDtype = "bfloat16"
     absmax_rule: AbsmaxRule = "half_range"
     element: Element = "int"
+    nested: tuple[int, ...] = ()
+    sliced_from: int | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
@@ -92,6 +96,14 @@ class QuantSpec:
                 f"granularity={self.granularity!r} with dynamic={self.dynamic}: per-token scales are dynamic, "
                 "and only they are"
             )
+        if not all(isinstance(width, int) and 2 <= width < self.bits for width in self.nested):
+            raise ValueError(
+                f"nested={list(self.nested)}: the high bits of {self.bits}-bit codes serve integer widths from 2 to "
+                f"{self.bits - 1}"
+            )
+        if (self.nested or self.sliced_from is not None) and self.grid != "full":
+            raise ValueError(f"nested={list(self.nested)} with grid={self.grid!r}: only codes of the full grid nest")
+        object.__setattr__(self, "nested", tuple(sorted(set(self.nested), reverse=True)))
 
     @property
     def qmin(self) -> int:
@@ -103,12 +115,42 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return _E4M3_MAX if self.element == "float" else self.step * 2 ** (self.bits - 1) - 1
+        return _E4M3_MAX if self.element == "float" else self.spacing * 2 ** (self.bits - 1) - 1
+
+    @property
+    def spacing(self) -> int:
+        """From one code of integers to the next."""
+        return 2 if self.grid == "odd" else 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that the codes serve, the widest first."""
+        return (self.bits, *self.nested)
+
+    def at(self, bits: int) -> "QuantSpec":
+        """The spec of the high `bits` of this one's codes, which has `step` times its scale (arXiv 2502.06786, eq. 6).
+
+        Raises:
+            ValueError: `bits` is none of `widths`.
+        """
+        if bits not in self.widths:
+            raise ValueError(f"there are no {bits}-bit codes in {self.bits}-bit ones with nested={list(self.nested)}")
+        return self if bits == self.bits else replace(self, bits=bits, nested=(), sliced_from=self.bits)
+
+    @property
+    def parent(self) -> "QuantSpec":
+        """The spec of the codes that these are the high bits of; itself where they are not."""
+        return self if self.sliced_from is None else replace(self, bits=self.sliced_from, sliced_from=None)
 
     @property
     def step(self) -> int:
-        """From one code of integers to the next."""
-        return 2 if self.grid == "odd" else 1
+        """The distance of two codes in codes of the parent, a power of two."""
+        return 1 if self.sliced_from is None else 2 ** (self.sliced_from - self.bits)
+
+    @property
+    def alone(self) -> "QuantSpec":
+        """The ordinary spec of this width, which is what an artifact needs to know."""
+        return replace(self, nested=(), sliced_from=None)
 
     @property
     def absmax_divisor(self) -> float:
@@ -155,32 +197,45 @@ class QuantScheme:
             raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
         if self.input is not None and self.input.grid != "full":
             raise ValueError(f"input grid must be full, got {self.input.grid!r}: narrow and odd are for weights")
+        if self.input is not None and self.input.nested:
+            raise ValueError("input.nested: only the codes of weights are kept, and can be sliced; set nested=[]")
 
     def __str__(self) -> str:
         weight, size = self.weight, self.weight.group_size
         where = f"g{size}" if size else weight.granularity
         grid = "" if weight.grid == "full" else f"-{weight.grid}"
-        return f"w{weight.bits}a{self.input.bits if self.input else 16}-{where}{grid}"
+        widths = ".".join(map(str, weight.widths))
+        return f"w{widths}a{self.input.bits if self.input else 16}-{where}{grid}"
+
+    def at(self, bits: int) -> "QuantScheme":
+        """The ordinary scheme of the artifact that holds the weight at `bits`; where nothing is nested, itself.
+
+        Raises:
+            ValueError: as `QuantSpec.at`.
+        """
+        return replace(self, weight=self.weight.at(bits).alone) if self.weight.nested else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and artifacts; `from_dict` reads them back."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format_version": FORMAT_VERSION, "weight": _values(self.weight), "input": _values(self.input)}
 
     @classmethod
     def parse(cls, name: str) -> "QuantScheme":
-        """The scheme that `str` writes: `w4a16-g128`, `w2a16-g64-odd`, `w4a8-g32` (8-bit inputs: a scale a token).
+        """The scheme that `str` writes: `w4a16-g128`, `w2a16-g64-odd`, `w4a8-g32` (8-bit inputs: a scale a token),
+        `w8.4.2a16-g128` (nested widths).
 
         Raises:
             ValueError: the name is none.
         """
-        match = re.fullmatch(r"w(\d)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?", name)
+        match = re.fullmatch(r"w(\d(?:\.\d)*)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?", name)
         if match is None:
             raise ValueError(
                 f"no scheme is called {name!r}: they are called w4a16-g128, w8a16-channel, w8a8-channel, ..."
             )
-        bits, input_bits, size, where, grid = match.groups()
+        widths, input_bits, size, where, grid = match.groups()
+        bits, *nested = map(int, widths.split("."))
         shape: dict[str, Any] = {"granularity": where or "group", "group_size": int(size) if size else None}
-        weight = QuantSpec(bits=int(bits), grid=grid or "full", **shape)  # type: ignore[arg-type]
+        weight = QuantSpec(bits=bits, grid=grid or "full", nested=tuple(nested), **shape)  # type: ignore[arg-type]
         inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax") if input_bits == "8" else None
         return cls(weight=weight, input=inputs)
 
@@ -196,6 +251,13 @@ class QuantScheme:
             raise ValueError(f"scheme format {version} is newer than this qat reads ({FORMAT_VERSION}): upgrade qat")
         read = {k: QuantSpec(**v) if v is not None else None for k, v in values.items() if k != "format_version"}
         return cls(**read)  # type: ignore[arg-type]
+
+
+def _values(spec: QuantSpec | None) -> dict[str, Any] | None:
+    """The fields of a spec; those of nesting only where it nests, so that older readers take all others."""
+    if spec is None:
+        return None
+    return {name: value for name, value in asdict(spec).items() if name not in ("nested", "sliced_from") or value}
 
 
 @dataclass(frozen=True, kw_only=True)

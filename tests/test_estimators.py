@@ -329,8 +329,8 @@ def stretched_example(grid: str, bits: int):
     generator = torch.Generator().manual_seed(bits)
     scale = 0.1 + torch.rand(3, 2, generator=generator)
     scale[:, ::2] *= -1
-    codes = torch.randint(-(2**bits), 2**bits, (3, 2, 16), generator=generator) * spec.step + spec.qmax
-    offset = 0.8 * spec.step * (torch.rand(codes.shape, generator=generator) - 0.5)
+    codes = torch.randint(-(2**bits), 2**bits, (3, 2, 16), generator=generator) * spec.spacing + spec.qmax
+    offset = 0.8 * spec.spacing * (torch.rand(codes.shape, generator=generator) - 0.5)
     x = ((codes + offset) * scale[..., None]).flatten(-2)
     return x, scale, torch.randn(x.shape, generator=generator), spec
 
@@ -339,7 +339,7 @@ def stretched_example(grid: str, bits: int):
 def test_seq_gradients_are_those_of_the_paper_in_alpha(grid, bits, k, shift):
     """arXiv 2502.02631: w / alpha against -1 and 1; d/dalpha is level - w / alpha inside, +-(k - 1) / k outside."""
     x, scale, grad, spec = stretched_example(grid, bits)
-    scales_of_alpha = k / 2 * spec.step
+    scales_of_alpha = k / 2 * spec.spacing
     alpha = (scale.double() * scales_of_alpha)[..., None]
     v, g = x.double().view(3, 2, 16) / alpha, grad.double().view(3, 2, 16)
     inside = v.abs() < 1
@@ -358,8 +358,8 @@ def test_seqs_scale_gradient_is_the_slope_of_the_straight_through_function(grid,
     """With each rounding residual held, s * (clip(x / s) + residual) is smooth: float64 central differences."""
     x, scale, grad, spec = stretched_example(grid, bits)
     values, g, s0 = x.double().view(3, 2, 16), grad.double().view(3, 2, 16), scale.double()[..., None]
-    reach, h = spec.qmax + spec.step / 2, 1e-6
-    codes = torch.tensor(range(spec.qmin, spec.qmax + 1, spec.step)).double()
+    reach, h = spec.qmax + spec.spacing / 2, 1e-6
+    codes = torch.tensor(range(spec.qmin, spec.qmax + 1, spec.spacing)).double()
     clipped = (values / s0).clamp(-reach, reach)
     residual = codes[(clipped[..., None] - codes).abs().argmin(-1)] - clipped
     high, low = ((g * s * ((values / s).clamp(-reach, reach) + residual)).sum(-1) for s in (s0 + h, s0 - h))

@@ -30,7 +30,7 @@ def spec_of(grid: str, bits: int, **more) -> QuantSpec:
 
 
 def codes_of(spec: QuantSpec) -> list[int]:
-    return list(range(spec.qmin, spec.qmax + 1, spec.step))
+    return list(range(spec.qmin, spec.qmax + 1, spec.spacing))
 
 
 # -- arithmetic ---------------------------------------------------------------------------------------
@@ -100,12 +100,13 @@ def test_the_squared_error_search_finds_the_scale_of_a_gaussian():
     [
         (lambda: spec_of("even", 2), "grid must be one of full, narrow, odd, got 'even'"),
         (lambda: spec_of("odd", 8), "grid='odd' at 8 bits: its codes, up to 255, do not fit INT8"),
+        (lambda: spec_of("narrow", 8, nested=(4,)), "nested=[4] with grid='narrow': only codes of the full grid nest"),
         (
             lambda: QuantScheme(weight=spec_of("odd", 2), input=QuantSpec(bits=8, granularity="tensor", grid="narrow")),
             "input grid must be full, got 'narrow'",
         ),
     ],
-    ids=["unknown", "8 bits", "input"],
+    ids=["unknown", "8 bits", "nested", "input"],
 )
 def test_grids_that_nothing_could_hold_are_refused(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -132,18 +133,18 @@ def test_schemes_written_before_there_were_grids_are_full():
 def test_odd_codes_take_no_more_room_than_plain_ones(bits):
     plain = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 77), dtype=torch.int8)
     odd = 2 * plain + 1
-    packed = pack(odd, bits, step=2)
+    packed = pack(odd, bits, spacing=2)
     assert torch.equal(packed, pack(plain, bits))
-    assert torch.equal(unpack(packed, bits, 77, step=2), odd)
+    assert torch.equal(unpack(packed, bits, 77, spacing=2), odd)
     assert torch.equal(unpack(pack(odd, bits + 1), bits + 1, 77), odd)  # a bit more, and plain storage holds them too
 
 
 @pytest.mark.parametrize(
-    ("codes", "message"), [([[1, 0]], "codes of step 2 must be odd"), ([[1, 5]], "do not fit 2 bits")]
+    ("codes", "message"), [([[1, 0]], "codes of spacing 2 must be odd"), ([[1, 5]], "do not fit 2 bits")]
 )
 def test_codes_that_are_not_on_the_odd_grid_are_not_packed(codes, message):
     with pytest.raises(ValueError, match=message):
-        pack(torch.tensor(codes, dtype=torch.int8), 2, step=2)
+        pack(torch.tensor(codes, dtype=torch.int8), 2, spacing=2)
 
 
 # -- from a model to an artifact ----------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_what_seq_trains_is_what_is_loaded_bit_for_bit(name, calibration, dtype,
     for layer, used in recorded.items():
         found = packed.get_submodule(layer)
         assert found.packed.shape[1] == found.in_features * bits // 32
-        assert torch.equal(unpack(found.packed, bits, found.in_features, spec.step), used.codes)
+        assert torch.equal(unpack(found.packed, bits, found.in_features, spec.spacing), used.codes)
     assert set(torch.cat([r.codes.flatten() for r in recorded.values()]).tolist()) <= set(codes_of(spec))
 
 
@@ -259,7 +260,7 @@ def test_odd_codes_are_written_in_qats_own_form_and_it_is_said(trained, tmp_path
 
 def test_odd_codes_written_as_others_are_caught(trained, tmp_path, monkeypatch):
     model, recorded, _ = trained("w2a16-g64-odd")
-    monkeypatch.setattr(compressed_tensors, "pack", lambda codes, bits, step: pack(-codes, bits, step))
+    monkeypatch.setattr(compressed_tensors, "pack", lambda codes, bits, spacing: pack(-codes, bits, spacing))
     with pytest.raises(VerificationError, match="14 of 14 layers are not what was trained"):
         export(model, recorded, tmp_path / "m")
 

@@ -170,7 +170,7 @@ def layer_tensors(layer: Folded) -> dict[str, Tensor]:
     else:
         shape = torch.tensor(layer.codes.shape, dtype=torch.int64)
         spec = layer.scheme.weight
-        tensors = {"weight_packed": pack(layer.codes, spec.bits, spec.step), "weight_shape": shape}
+        tensors = {"weight_packed": pack(layer.codes, spec.bits, spec.spacing), "weight_shape": shape}
     tensors["weight_scale"] = layer.scale
     if layer.input_scale is not None:
         tensors["input_scale"] = layer.input_scale

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
                 f"{name}: a {what} is NaN or infinite; training diverged, or the scale dtype is too narrow"
             )
     return Folded(
-        scheme=layer.scheme,
+        scheme=replace(layer.scheme, weight=quantizer.spec.alone),
         codes=quantize(weight, scale, quantizer.spec).to("cpu", torch.int8),
         scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
         input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.scheme.input)),  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
                 return layer(input)
         rule = "qmax" if self.scheme.input is None else self.scheme.input.absmax_rule
         if self.beyond_operator is not None:
-            codes = unpack(self.packed, self.bits, self.in_features, self.scheme.weight.step)
+            codes = unpack(self.packed, self.bits, self.in_features, self.scheme.weight.spacing)
             bias = None if self.bias is None else self.bias.to(input.dtype)
             x = quantized_input(input, self.input_bits, self.input_scale, rule, self.input_zero_point)
             return F.linear(x, dequantize(codes, self.scale).to(input.dtype), bias)

@@ -55,7 +55,7 @@ class PackedEmbedding(_Packed):
         """(...) indices -> (..., in_features)."""
         index = input.flatten()
         spec = self.scheme.weight
-        codes = unpack(self.packed[index], spec.bits, self.in_features, spec.step)
+        codes = unpack(self.packed[index], spec.bits, self.in_features, spec.spacing)
         return dequantize(codes, self.scale[index]).to(self.dtype).view(*input.shape, -1)
 
     def extra_repr(self) -> str:
@@ -101,7 +101,7 @@ class PackedConv2d(_Packed):
         if spec is not None:
             qparams = spec.bits, self.input_scale, spec.absmax_rule, self.input_zero_point
             input = quantized_input(input.flatten(-3), *qparams).view_as(input)
-        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features, self.scheme.weight.step)
+        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features, self.scheme.weight.spacing)
         weight = dequantize(codes, self.scale).to(input.dtype).view(self.shape)
         if self.padded is not None:
             input = F.pad(input, self.borders, self.padded)
