@@ -1,5 +1,7 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -9,7 +11,7 @@ from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
-from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
+from qat.structure import fold_batch_norms, fused, fused_experts, owners, unfuse_experts
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -30,6 +32,37 @@ def set_stage(model: nn.Module, stage: Stage) -> None:
     """Move all fake quantizers of `model` to `stage`."""
     for quantizer in quantizers(model):
         quantizer.set_stage(stage)
+
+
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """The nested widths that `model` can be quantized at, the widest first; empty where nothing is nested."""
+    return nested_widths(layer.scheme for layer in layers(model).values())
+
+
+def nested_widths(schemes: Iterable[QuantScheme]) -> tuple[int, ...]:
+    """The widths that those of `schemes` nest which nest any; `plan` sees to it that they agree."""
+    return next((scheme.weight.widths for scheme in schemes if scheme.weight.nested), ())
+
+
+@contextmanager
+def at_width(model: nn.Module, bits: int) -> Iterator[None]:
+    """Within, weights with nested widths are quantized at `bits`, and all others as ever.
+
+    Raises:
+        ValueError: `bits` is none of `widths`.
+    """
+    nested = [quantizer for quantizer in quantizers(model) if quantizer.full.nested]
+    if not nested:
+        raise ValueError(f"no layer has nested widths, so none can be quantized at {bits} bits: QuantSpec(nested=...)")
+    specs = [quantizer.full.at(bits) for quantizer in nested]
+    before = [quantizer.spec for quantizer in nested]
+    try:
+        for quantizer, spec in zip(nested, specs, strict=True):
+            quantizer.spec = spec
+        yield
+    finally:
+        for quantizer, spec in zip(nested, before, strict=True):
+            quantizer.spec = spec
 
 
 def prepare(model: nn.Module, schemes: SchemeMap) -> None:
@@ -76,12 +109,15 @@ def plan(
             problems.append(f"{name}: {error}")
         chosen[name] = kind.fitted(scheme)
         # What has no input to quantize, an embedding, is not asked for one.
-        inputs = (scheme.input, input_estimator if kind.multiplies else None)
+        of_inputs = input_estimator if scheme.input is None else input_estimator or estimator
+        inputs = (scheme.input, of_inputs if kind.multiplies else None)
         for spec, chooses in ((scheme.weight, estimator), inputs):
             if chooses is not None and (why := _refusal(chooses, spec)) is not None:
                 problems.append(f"{name}: {why}")
     problems += _settle_tied(model, chosen)
     problems += _cache_problems(model, schemes.kv_cache, input_estimator or estimator)
+    if len(nests := {scheme.weight.widths for scheme in chosen.values() if scheme.weight.nested}) > 1:
+        problems.append(f"its layers nest different widths, {sorted(nests)}: a model is quantized at one at a time")
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
     if not chosen and (any(schemes.rules.values()) or schemes.kv_cache is None):
@@ -136,7 +172,8 @@ def insert(
     """Fake-quantize the layers that `schemes` names, and keys and values where it says so, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
-    hooks and references stay; safe on the meta device.
+    hooks and references stay; safe on the meta device.  Layers that servers run as one (`qat.structure.fused`) have one
+    quantizer for static activations: a fused layer quantizes its input once.
 
     Args:
         model: any module.
@@ -152,11 +189,16 @@ def insert(
     """
     estimator = estimator if estimator is not None else LSQ()
     tables: dict[int, FakeQuantizer] = {}
-    for name, scheme in plan(model, schemes, estimator, input_estimator).items():
+    chosen = plan(model, schemes, estimator, input_estimator)
+    leaders = {name: group[0] for group in fused(chosen) for name in group}
+    for name, scheme in chosen.items():
         module = model.get_submodule(name)
         shared = tables.get(id(module.weight))
         layer = LAYERS[type(module)].adopt(module, scheme, estimator, input_estimator, shared)
         tables[id(module.weight)] = layer.weight_quantizer
+        leader = leaders.get(name, name)
+        if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
+            layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
     if schemes.kv_cache is not None:
         device = next(model.parameters()).device
         for attention in attentions(model).values():

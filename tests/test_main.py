@@ -277,6 +277,24 @@ def test_a_calibration_stopped_by_hand_says_how_it_goes_on(job, monkeypatch, tmp
     assert read_summary(tmp_path / "run")["packed_loss"] is not None
 
 
+def test_a_nested_run_exports_and_measures_each_width_and_goes_on_to_export_one(job, monkeypatch, tmp_path):
+    _, words = job
+    words = [*words, "quant=nested", "calibration=absmax", "control=none", f"hydra.run.dir={tmp_path}/run"]
+    train(monkeypatch, *words)
+    summary, out = read_summary(tmp_path / "run"), tmp_path / "run"
+    assert sorted(p.name for p in (out / "export").iterdir()) == ["int2", "int4", "int8"]
+    assert summary["export_dir"] == str(out / "export" / "int8")
+    for at in ("", "_int4", "_int2"):
+        assert summary[f"packed{at}_loss"] == pytest.approx(summary[f"qat{at}_loss"], abs=1e-6)
+    assert summary["qat_int2_loss"] < summary["sliced_int2_loss"]
+    assert all(row.keys() >= {"qat_loss", "qat_int4_loss", "qat_int2_loss"} for row in summary["history"])
+    assert "QAT, INT2" in (out / "report.html").read_text()
+    train(monkeypatch, *words, "resume=true", "export_bits=2")
+    assert [p.name for p in (out / "export-2").iterdir()] == ["int2"]
+    once, again = (load_file(out / name / "int2" / "model.safetensors") for name in ("export", "export-2"))
+    assert all(torch.equal(once[name], again[name]) for name in once | again)
+
+
 def command(words, *more) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *words, *more]
 
@@ -358,6 +376,9 @@ BAD = {
         ["estimator=ste_mse", "callbacks.oscillation.freezing=0.02"],
         "freezing holds codes under a scale",
     ),
+    "a nested width that is not below": (["quant=nested", "quant.weight.nested=[8]"], "integer widths from 2 to 7"),
+    "weights of widths that are not nested": (["callbacks.nested.weights={{4:1.0}}"], "no layer has nested widths"),
+    "an export at a width that is not nested": (["quant=nested", "export_bits=3"], "which are [8, 4, 2]"),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 
