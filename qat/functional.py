@@ -112,3 +112,24 @@ def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     """
     absmax = x.detach().abs().amax(-1, keepdim=True).float()
     return (absmax / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])
+
+
+def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The lower of the two codes that a learned rounding chooses from, and where x lies between them.
+
+    Args:
+        x: (..., in), floating.
+        scale: (..., groups), float32, not zero.
+
+    Returns:
+        (..., in) twice, float32: integers in [qmin, qmax - 1], and x / scale minus them, in [0, 1].
+    """
+    view, divisor = grouped(x.float(), scale)
+    ratio = (view / divisor).flatten(-2)
+    lower = ratio.floor().clamp_(spec.qmin, spec.qmax - 1)
+    return lower, (ratio - lower).clamp_(0, 1)
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, eq. 23; differentiable)."""
+    return (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
