@@ -139,8 +139,8 @@ def _generate(args: argparse.Namespace) -> None:
     sys.stdout.write("\n")
 
 
-def _load(directory: Path, backend: Any) -> tuple[Any, Any]:
-    """A packed model where the folder's config says that it is quantized, else a float one."""
+def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
+    """A packed model where the folder's config says that it is quantized, else a float one; `text`: it reads some."""
     if not (directory / "config.json").is_file():
         what = "has no config.json" if directory.is_dir() else "is no folder"
         raise ValueError(f"{directory} {what}: give an exported folder (RUN/export) or a Hugging Face model folder")
@@ -148,8 +148,8 @@ def _load(directory: Path, backend: Any) -> tuple[Any, Any]:
         from qat.inference import load_packed
 
         model, tokenizer = load_packed(directory, backend=backend, device="cuda" if backend == "cuda" else "cpu")
-        if tokenizer is None:
-            raise ValueError(f"{directory} has no tokenizer: copy tokenizer.json of the float model into it")
+        if text and tokenizer is None:  # image classifiers have none
+            raise ValueError(f"{directory} has no tokenizer: copy tokenizer.json of the float language model into it")
         return model, tokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -318,7 +318,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if not (args.directory / "config.json").is_file() or not _is_packed(args.directory):
         raise ValueError(f"{args.directory} is not a packed model: give a folder that a run exported (RUN/export)")
-    model, _ = _load(args.directory, "reference")
+    model, _ = _load(args.directory, "reference", text=False)
     whole = None if args.against is None else dict(_load(args.against, "reference")[0].named_parameters())
     rows = _layers(model, whole, args.against)
     packed = {row["name"] for row in rows}

@@ -133,10 +133,27 @@ class LSQ(Estimator):
         if not needs_scale:
             return grad_x, None
         grad_scale = codes.sub_(ratio.mul_(slope)).mul_(grad_view).sum(-1)
+        return grad_x, self._as_learned(grad_scale, x.numel(), scale, spec)
+
+    def of_codes(self, grad: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+        """The scale's gradient where codes are constants: ds = sum over the group of g * code, exact.
+
+        Args:
+            grad: (out, in), floating, of code * s.
+            codes: (out, in), integers in any dtype.
+            scale: (out, groups), float32.
+
+        Returns:
+            (out, groups), float32, by `scale_gradient` and `relative` as in `backward`.
+        """
+        view = grouped(codes.float(), scale)[0]
+        grad_scale = grad.float().unflatten(-1, view.shape[-2:]).mul(view).sum(-1)
+        return self._as_learned(grad_scale, codes.numel(), scale, spec)
+
+    def _as_learned(self, grad_scale: Tensor, count: int, scale: Tensor, spec: QuantSpec) -> Tensor:
         if self.scale_gradient:
-            shared = x.numel() // max(scale.numel(), 1)
-            grad_scale /= (shared * spec.qmax) ** 0.5
-        return grad_x, grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale
+            grad_scale /= (count // max(scale.numel(), 1) * spec.qmax) ** 0.5
+        return grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale
 
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         """The slope of the function that stands in for quantization; 0 where not `inside`."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.estimators import Estimator, FakeQuantize
-from qat.functional import dynamic_scale, store_scale
+from qat.functional import dynamic_scale, quantize, store_scale
 from qat.observers import MinMax
+from qat.packing import pack
 from qat.scheme import QuantSpec
 
 # Which tokens of the current batch are real, (batch, tokens) bool: padding must not move a range.
@@ -59,7 +60,7 @@ class FakeQuantizer(nn.Module):
     """The scale of one tensor, float32 whatever the model's dtype, and its stage.
 
     State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one;
-    `stage`, a uint8 buffer, so that a checkpoint carries it.
+    `stage`, a uint8 buffer, so that a checkpoint carries it; `packed` (out, words) int32, once codes are held.
 
     Args:
         spec: how the tensor is quantized.
@@ -70,6 +71,7 @@ class FakeQuantizer(nn.Module):
 
     scale: Tensor | None
     stage: Tensor
+    packed: Tensor | None
 
     def __init__(
         self, spec: QuantSpec, scale_shape: tuple[int, ...], estimator: Estimator, device: torch.device | None = None
@@ -81,6 +83,7 @@ class FakeQuantizer(nn.Module):
         scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
         self.register_parameter("scale", scale)
         self.register_buffer("stage", torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer("packed", None)
         self.set_stage(Stage.FLOAT)
 
     def set_stage(self, stage: Stage) -> None:
@@ -95,6 +98,12 @@ class FakeQuantizer(nn.Module):
     def current_stage(self) -> Stage:
         """The stage, without reading the buffer."""
         return self._current
+
+    @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Keep the codes of `weight` (out, in), packed; they are constants from now on."""
+        codes = quantize(weight, self.weight_scale(weight), self.spec)
+        self.packed = pack(codes.to(torch.int8), self.spec.bits)
 
     @property
     def active(self) -> bool:
@@ -157,6 +166,8 @@ class FakeQuantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.packed is None and prefix + "packed" in state_dict:
+            self.packed = torch.empty_like(state_dict[prefix + "packed"], device=self.stage.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "stage" in state_dict and self.stage.device.type != "meta":
             self.set_stage(Stage(int(self.stage)))

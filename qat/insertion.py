@@ -7,7 +7,7 @@ from torch import nn
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
-from qat.scheme import QuantScheme, QuantSpec, SchemeMap
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
 from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
 
 
@@ -50,7 +50,7 @@ def plan(
 
     Raises:
         ValueError: a layer cannot be quantized as its scheme says, or not by the estimator (all such layers are
-            named), or no layer would be quantized at all.
+            named), a rule's pattern matches none, or no layer would be quantized at all.
     """
     chosen = {}
     problems = [
@@ -59,6 +59,11 @@ def plan(
         for name in fused_experts(model)
         if _quantizes_experts(schemes, name)
     ]
+    known = [name for name, module in model.named_modules() if type(module) in LAYERS]
+    known += fused_experts(model)
+    for pattern in schemes.rules:
+        if pattern != "*" and not any(matches(pattern, name) for name in known):
+            problems.append(f"{pattern!r} matches no layer: they are called {', '.join(known[:4])}, ...")
     for name, module in model.named_modules():
         kind = LAYERS.get(type(module))
         scheme = schemes.scheme_of(name) if kind is not None and kind.kind in schemes.kinds else None

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qat.estimators import Estimator, FakeQuantize
+from qat.estimators import LSQ, Estimator, FakeQuantize
 from qat.fake_quantizer import FakeQuantizer
-from qat.functional import dequantize, quantize
+from qat.functional import dequantize, quantize, store_scale
+from qat.packing import unpack
 from qat.scheme import Kind, QuantScheme
 
 
@@ -97,6 +98,38 @@ class _QuantizedProduct(torch.autograd.Function):
         )
 
 
+class _HeldProduct(torch.autograd.Function):
+    """x @ (codes * scale).T + bias, codes being constants: saves x alone and unpacks in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stored: Tensor, bias: Tensor | None, quantizer: FakeQuantizer):
+        assert quantizer.packed is not None
+        kind, spec = x.device.type, quantizer.spec
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        scale = store_scale(stored.detach(), spec)
+        codes = unpack(quantizer.packed, spec.bits, x.shape[-1])
+        weight = dequantize(codes, scale)
+        if quantizer.recorder is not None:
+            quantizer.recorder(codes, scale, weight)
+        ctx.save_for_backward(x, stored, quantizer.packed)
+        ctx.spec, ctx.estimator, ctx.has_bias = spec, quantizer.estimator, bias is not None
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, stored, packed = ctx.saved_tensors
+        scale, codes = store_scale(stored.detach(), ctx.spec), unpack(packed, ctx.spec.bits, x.shape[-1])
+        flat, grad_x, grad_scale, grad_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize(codes, scale).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = flat.T @ x.reshape(-1, x.shape[-1])
+            grad_scale = ctx.estimator.of_codes(grad_weight, codes, scale, ctx.spec)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        return grad_x, grad_scale, grad_bias, None
+
+
 class FakeQuantLayer(nn.Module):
     """What quantized layers of every kind have; made from a float layer by `insert`, which changes its class in place.
 
@@ -168,19 +201,55 @@ class FakeQuantLayer(nn.Module):
 
     def release(self) -> nn.Module:
         """Turn this layer back into the float layer it was, in place, with the weights it has now."""
+        if self.weight_quantizer.packed is not None:
+            self.weight.data = self.adapted.to(self.weight.dtype)
         self.merge()
         del self.weight_quantizer, self.input_quantizer, self.scheme, self.lora_A, self.lora_B, self.scaling
         self.__class__ = self.original  # type: ignore[assignment]
         return self
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Replace the float weight by its packed codes: from now on only the scale can learn (arXiv 2305.14152).
+
+        `weight` stays, frozen, with no rows.
+
+        Raises:
+            ValueError: not a plain linear layer, an adapter, an inactive quantizer, or an estimator without gradient.
+        """
+        quantizer = self.weight_quantizer
+        if type(self) is not FakeQuantLinear or self.lora_A is not None or not quantizer.active:
+            raise ValueError(f"{self}: codes are held of active linear layers without an adapter")
+        if not isinstance(quantizer.estimator, LSQ):
+            raise ValueError(f"{quantizer.estimator} learns no scale of held codes: use estimator=lsq or lsq_log")
+        quantizer.hold(self.weight)
+        self._empty()
+
+    def _empty(self) -> None:
+        self.weight.requires_grad_(False)
+        self.weight.data = self.weight.data[:0].clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "weight_quantizer.packed" in state_dict:
+            self._empty()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix (out, in); a view, so that writing to it writes to the weight."""
+        if self.weight_quantizer.packed is not None:
+            raise ValueError(
+                f"{self}: its float weight is gone, only packed codes are held; load the float model again"
+            )
         return self.as_matrix(self.weight)
 
     @property
     def adapted(self) -> Tensor:
         """What is quantized, (out, in): the matrix, with the adapter where there is one."""
+        quantizer = self.weight_quantizer
+        if quantizer.packed is not None and quantizer.scale is not None:
+            codes = unpack(quantizer.packed, quantizer.spec.bits, self.weight.shape[1])
+            return dequantize(codes, store_scale(quantizer.scale.detach(), quantizer.spec))
         return adapted(self.matrix, self.lora_A, self.lora_B, self.scaling)
 
     def adapt(self, rank: int, scaling: float) -> None:
@@ -225,6 +294,10 @@ class FakeQuantLayer(nn.Module):
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         quantizer = self.weight_quantizer
+        if quantizer.packed is not None:
+            if not quantizer.active:
+                raise ValueError(f"{self}: cannot run in float: only packed codes are held; load the float model again")
+            return _HeldProduct.apply(input, quantizer.scale, self.bias, quantizer)
         if not quantizer.active:
             if self.lora_A is not None:
                 return F.linear(self.rows(input), self.adapted, self.bias)

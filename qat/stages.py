@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, LoRA, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit
+from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit, Trainable
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -30,6 +30,7 @@ from qat.callbacks.control import (
     train_control,
     weights_digest,
 )
+from qat.callbacks.coverage import layer_rows, measure_coverage
 from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
 from qat.callbacks.widths import search_widths
@@ -83,6 +84,9 @@ class Run:
         if self.search is not None:
             with self._stage("search widths"):
                 self._search_widths(self.search)
+        if self.schemes.quantizes:
+            with self._stage("coverage"):
+                self._measure_coverage()
         if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()
@@ -141,6 +145,7 @@ class Run:
             raise ValueError(f"control must be run, cached or none, got {self.cfg.control!r}")
         self.data.setup()
         model: Any = task.model
+        trainable = self._trainable()
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
@@ -149,10 +154,12 @@ class Run:
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
             self._check_export(chosen, model)
             quantization.calibration.check(quantized)
-            self._trainable().check(quantized, chosen)
-            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, adapters=self.cfg.trainable.r > 0)
-        elif self.cfg.trainable.r:
-            raise ValueError("quant=none trains no adapter: with nothing quantized, peft does; trainable=all")
+            trainable.check(quantized, chosen, quantization)
+            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
+        elif not trainable.weights_learn:
+            raise ValueError(
+                "quant=none trains no adapter (with nothing quantized, peft does) and no scale: trainable=all"
+            )
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -173,9 +180,10 @@ class Run:
         build = instantiate(self.cfg.callbacks.quantization, _partial_=True)
         return build(schemes=self.schemes, calibration_folder=self._calibration_folder)
 
-    def _trainable(self) -> LoRA:
-        folder = self.out / "adapter"
-        return instantiate(self.cfg.trainable, folder=None if folder.exists() else folder, base=self.cfg.model.name)
+    def _trainable(self) -> Trainable:
+        trainable, folder = instantiate(self.cfg.trainable), self.out / "adapter"
+        trainable.folder, trainable.base = None if folder.exists() else folder, self.cfg.model.name
+        return trainable
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
         last = checkpoints / "last.ckpt"
@@ -210,6 +218,13 @@ class Run:
             self.schemes, self.searched = found
         except KeyboardInterrupt:
             sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {self._resume_command()}")
+
+    # -- calibration data ---------------------------------------------------------------------------
+
+    def _measure_coverage(self) -> None:
+        task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        self.reached = measure_coverage(task, trainer, self._quantization())
 
     # -- control ------------------------------------------------------------------------------------
 
@@ -350,6 +365,7 @@ class Run:
             "scheme": self.schemes.name,
             "model": self.cfg.model.name,
             "data": self.data.name,
+            "unit": self.data.unit,
             "corpus_digest": self.data.corpus_digest,
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
@@ -367,21 +383,10 @@ class Run:
     def _artifact_facts(self) -> dict[str, Any]:
         artifact = self.export.exported
         assert artifact is not None
-        rows = [
-            {
-                "name": layer.name,
-                "scheme": layer.scheme,
-                "shape": list(layer.shape),
-                "bytes": layer.bytes,
-                "float_bytes": 2 * layer.shape[0] * layer.shape[1],
-                "error": layer.weight_error,
-            }
-            for layer in artifact.layers
-        ]
         return {
             "float_bytes": artifact.float_bytes,
             "packed_bytes": artifact.packed_bytes,
-            "layers": rows,
+            "layers": layer_rows(artifact, self.reached),
             "history": self.recovery.history,
             "health": self.health.rows,
             "control_ptq_calibration": self.control.calibration if self.control else None,

@@ -82,9 +82,11 @@ def test_every_quant_option_is_what_its_name_says(name):
         assert schemes.mixed({}).name == "auto4a16-g128"
         schemes = schemes.uniform(4)
         name = "w4a16"
-    assert schemes.name.startswith(name + "-")
+    scheme, _, kind = name.partition("_")
+    assert schemes.name.startswith(scheme + "-")
     assert schemes.scheme_of("model.layers.0.mlp.up_proj") is not None
-    assert schemes.scheme_of("lm_head") is None
+    assert (schemes.scheme_of("lm_head") is None) == (not kind)
+    assert (kind == "conv") == ("conv" in schemes.kinds)
 
 
 @pytest.mark.parametrize("name", config.choices()["calibration"])
@@ -182,7 +184,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
         ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, none, w4a16"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         ("calibration=gptk", r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, awq, gptq, mse"),
-        ("recipe=null", "no recipe is called 'null'.* There are: llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),
+        ("recipe=null", "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),
         ("logger=wandbb", r"no logger is called 'wandbb'; did you mean wandb\?"),
     ],
 )

@@ -179,12 +179,15 @@ def test_a_second_insertion_is_refused_rather_than_nested():
         insertion.insert(model, rules())
 
 
-def test_a_map_that_matches_nothing_lists_layers_and_rules():
-    with pytest.raises(
-        ValueError, match=r"of 4 linear layers .*first, blocks.0.0, .* none matches .*'encoder'"
-    ) as error:
-        insertion.insert(Net(), SchemeMap(name="typo", rules={"encoder": CHANNEL}))
-    assert "scheme typo quantizes no layer" in str(error.value)
+def test_a_pattern_that_matches_nothing_is_named_even_if_others_match():
+    with pytest.raises(ValueError, match=r"'\*haed' matches no layer: they are called first, blocks.0.0, "):
+        insertion.insert(Net(), SchemeMap(name="typo", rules={"*haed": None, "*": CHANNEL}))
+
+
+def test_a_map_that_quantizes_nothing_lists_layers_and_rules():
+    with pytest.raises(ValueError, match=r"of 4 linear layers .*first, blocks.0.0, .* none matches .*'first'") as error:
+        insertion.insert(Net(), SchemeMap(name="test", rules={"first": None}))
+    assert "scheme test quantizes no layer" in str(error.value)
 
 
 def test_a_model_without_linear_layers_is_refused():

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat import stages
 from qat.calibration import GPTQ
+from qat.cli import main as qat_command
+from qat.config import RECIPES
 from qat.data.documents import python_stdlib
 from qat.main import main
 from qat.report import read_summary
@@ -67,6 +70,7 @@ def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_pat
     assert raw["steps"] == 8 and raw["tokens"] == 8 * 4 * 32
     assert raw["packed_bytes"] / raw["float_bytes"] == pytest.approx((128 / 2 + 2) / 256)  # a row of 128: codes, scale
     assert [row["step"] for row in raw["history"]] == [4, 8]
+    assert {(row["tokens"], row["dead_inputs"]) for row in raw["layers"]} == {(10 * 32, 0)}
     assert raw["control_loss"] < raw["float_loss"]  # it was trained
     assert "PTQ(control)" in capsys.readouterr().out  # the table
     assert (out / "report.html").stat().st_size > 10_000
@@ -105,9 +109,28 @@ def test_without_quantization_the_job_is_plain_training_with_a_float_export(job,
     assert read_summary(tmp_path / "run")["recovery"] is None
 
 
-@pytest.mark.parametrize(
-    "recipe", ["llama_int4_gptq", "llama_int4_awq", "llama_w8a8_smoothquant", "llama_w4a8_rotated"]
-)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_runs_to_its_export(path, job, monkeypatch, tmp_path):
+    recipe = OmegaConf.load(path)
+    words = ["logger=none", "trainer.enable_progress_bar=false", f"control_dir={tmp_path}/controls"]
+    if "digits" not in path.stem:
+        _, tiny = job
+        words += [w for w in tiny if w.startswith(("model", "data", "optim.lr"))]
+    if "extra" in recipe.get("data", {}):
+        words += ["data.extra=null", "data.extra_share=0"]
+    if recipe.get("trainer", {}).get("max_steps") != 0:
+        words += ["trainer.max_steps=4", "trainer.val_check_interval=2"]
+    if path.stem == "llama_mixed_ptq":
+        words += ["quant.widths=[3,4,5]", "quant.windows=4"]
+    train(monkeypatch, f"recipe={path.stem}", *words, f"hydra.run.dir={tmp_path}/run")
+    summary = read_summary(tmp_path / "run")
+    assert list(Path(summary["export_dir"]).glob("*.safetensors"))
+    if summary["scheme"] != "none":
+        final = "qat_loss" if summary["steps"] else "calibrated_loss"
+        assert summary["packed_loss"] == pytest.approx(summary[final], abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["llama_int4_gptq", "llama_w4a8_rotated"])
 def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe, job, monkeypatch, tmp_path, capsys):
     _, words = job
     words = [w for w in words if not w.startswith(("recipe=", "trainer.max_steps", "control_dir"))]
@@ -122,6 +145,26 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
     assert not (tmp_path / "controls").exists() and not (out / "checkpoints").exists()
     assert "recovery/calibrated_loss" in (out / "metrics" / "version_0" / "metrics.csv").read_text()
     AutoModelForCausalLM.from_pretrained(out / "export")
+
+
+def test_a_convolutional_network_goes_through_the_same_program(monkeypatch, tmp_path, capsys):
+    words = ["logger=none", "trainer.enable_progress_bar=false", "trainer.val_check_interval=4", "trainer.max_steps=8"]
+    train(monkeypatch, "recipe=pretrain_digits_cnn", *words, f"hydra.run.dir={tmp_path}/float")
+    mine = f"model.name={tmp_path}/float/export"
+    train(
+        monkeypatch, "recipe=digits_int8_qat", mine, *words, f"control_dir={tmp_path}/c", f"hydra.run.dir={tmp_path}/q"
+    )
+    summary = read_summary(tmp_path / "q")
+    models = {row["name"]: row for row in summary["models"]}
+    assert set(models) == {"float", "ptq", "ptq_mse", "qat", "control", "control_ptq", "packed"}
+    assert models["packed"]["loss"] == pytest.approx(models["qat"]["loss"], abs=1e-6)
+    assert models["packed"]["accuracy"] == models["qat"]["accuracy"]
+    assert {len(row["shape"]) for row in summary["layers"]} == {2} and len(summary["layers"]) == 7
+    assert "millinats/image" in capsys.readouterr().out
+    report = (tmp_path / "q" / "report.html").read_text()
+    assert "nats per image" in report and "bootstrap over images" in report and "documents" not in report
+    assert qat_command(["inspect", str(tmp_path / "q" / "export")]) == 0
+    assert "7 packed layers" in capsys.readouterr().out
 
 
 AUTO = ["quant=auto", "quant.widths=[2,4,8]", "quant.windows=8"]
@@ -244,6 +287,7 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
     assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
 
 
+SCALES = ["trainable=scales", "callbacks.quantization.freeze_share=0"]
 BAD = {
     "unknown recipe": (["recipe=llama_int4_qta"], "no recipe is called 'llama_int4_qta'; did you mean llama_int4_qat?"),
     "unknown scheme": (["quant=w4a61"], "did you mean w4a16?"),
@@ -259,7 +303,8 @@ BAD = {
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
     "a budget below the smallest widths": (["quant=auto", "quant.budget_bits=2"], "quant.budget_bits=2.125"),
-    "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no linear layer"),
+    "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no layer"),
+    "a rule of no layer": (["quant.ignore=['*lm_haed']"], "matches no layer"),
     "a width that the export cannot hold": (["quant=w8a8", "quant.input.bits=4"], "4-bit activations"),
     "a group size that does not divide an untied layer": (
         ["callbacks.quantization.untie=true", "quant.weight.group_size=100"],
@@ -275,6 +320,19 @@ BAD = {
     "damping under LoRA": (
         ["trainable=lora", "callbacks.oscillation.damping=1.0"],
         "damping and freezing move weights, and under LoRA",
+    ),
+    "scales that freeze while nothing else learns": (["trainable=scales"], "callbacks.quantization.freeze_share=0"),
+    "scales only, from a float start": ([*SCALES, "callbacks.quantization.start_step=2"], "quantization.start_step=0"),
+    "scales only, of an estimator that learns none": ([*SCALES, "estimator=ste"], "use estimator=lsq or lsq_log"),
+    "scales only, nothing quantized": ([*SCALES, "quant=none"], "quant=none trains no adapter"),
+    "scales only, of a table": (
+        [*SCALES, "calibration=mse", "quant.kinds=[linear,embedding]", "quant.ignore=[]"],
+        "such as model.embed_tokens (Embedding): leave them in float",
+    ),
+    "scales only, with a rank": ([*SCALES, "+trainable.r=8"], "trainable.r"),
+    "damping under scales only": (
+        [*SCALES, "callbacks.oscillation.damping=1.0"],
+        "damping and freezing move weights, and under LoRA or scales-only",
     ),
     "freezing under scales that follow": (
         ["estimator=ste_mse", "callbacks.oscillation.freezing=0.02"],

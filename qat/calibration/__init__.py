@@ -4,6 +4,7 @@ Every calibration is a `Calibration`: called with a model and a way to run data 
 """
 
 from qat.calibration.awq import AWQ, ClipSearch
+from qat.calibration.coverage import Coverage
 from qat.calibration.gptq import GPTQ
 from qat.calibration.method import Calibration
 from qat.calibration.ranges import RangeCalibration
@@ -20,6 +21,7 @@ CALIBRATIONS: dict[str, Calibration] = {
 """Calibrations for any model, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
 __all__ = [
-    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "RangeCalibration", "Reconstruction", "Rotation",
+    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "Coverage", "RangeCalibration", "Reconstruction",
+    "Rotation",
     "SmoothQuant",
 ]  # fmt: skip

@@ -109,6 +109,8 @@ def stream(
             if files is None or path is None:
                 _treat(treat, block, outputs, f"{name}.{index}")
             else:
+                if offload:
+                    _own(block)
                 if not files.restore(path, block):
                     _treat(treat, block, outputs, f"{name}.{index}")
                     files.save(path, block)
@@ -203,6 +205,17 @@ def _advance(batches: list[_Batch], outputs: Iterable[Tensor]) -> None:
     """Make `outputs` the inputs of the next block, one batch at a time: both are never held whole."""
     for batch, output in zip(batches, outputs, strict=True):
         batch.hidden = output
+
+
+def _own(block: nn.Module) -> None:
+    """Give the block's parameters on the CPU memory of their own.
+
+    Written to where they are mapped from a file, they would leave private pages behind that only go with the whole
+    mapping, which holds all blocks.
+    """
+    for parameter in block.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _treat(treat: Treat, block: nn.Module, outputs: Callable[[], Iterator[Tensor]], where: str) -> None:

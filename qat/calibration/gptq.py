@@ -172,7 +172,7 @@ def gptq_codes(
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(inputs)
     order = order.to(weight.device)
-    factor = inverse_factor(gram[order][:, order].to(dtype), damping, name).float()
+    factor = inverse_factor(gram[order][:, order], damping, dtype, name).float()
     work, groups = weight.float()[:, order], group_of[order].tolist()
     codes = torch.empty_like(work)
     for start in range(0, inputs, columns):
@@ -188,38 +188,55 @@ def gptq_codes(
     return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
-def inverse_factor(gram: Tensor, damping: float = 0.0, name: str = "the layer") -> Tensor:
+def inverse_factor(
+    gram: Tensor, damping: float = 0.0, dtype: torch.dtype = torch.float64, name: str = "the layer"
+) -> Tensor:
     """The upper triangular U with (H + damping * mean(diag H) I)^-1 = U^T U; a dead column's row of U is a unit vector.
+
+    Besides H two matrices of its size are held: LAPACK works in place where columns are contiguous.
 
     Args:
         gram: H, (in, in), float32 or float64, symmetric and positive semidefinite but for rounding.
         damping: raised, and said in the log, where the factorization fails.
+        dtype: of the result, and what is computed in.
+
+    Returns:
+        (in, in).
 
     Raises:
         ValueError: H is NaN or infinite, or no damping up to 1 makes it definite.
     """
-    if not torch.isfinite(gram).all():
+    if not _finite(gram):
         raise ValueError("NaN or infinite values were observed in its input")
     live = gram.diagonal() > 0
     if not live.any():
-        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return torch.eye(len(gram), dtype=dtype, device=gram.device)
     mean = gram.diagonal()[live].mean()
-    # Reversing rows and columns turns a lower factor into an upper one: H = R R^T, so U = R^-1.
-    scaled = (gram / mean).flip(0, 1)
-    scaled.diagonal()[~live.flip(0)] = 1.0
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    lower, inverse = (torch.empty_like(gram, dtype=dtype).mT for _ in range(2))
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for share in (damping, *(d for d in _DAMPINGS if d > damping)):
-        lower, failed = torch.linalg.cholesky_ex(scaled + share * identity)
+        # Reversing rows and columns turns a lower factor into an upper one: H = R R^T, so U = R^-1.
+        lower.copy_(gram.flip(0, 1)).div_(mean)
+        lower.diagonal()[~live.flip(0)] = 1.0
+        lower.diagonal().add_(share)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0:
-            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if torch.isfinite(inverse).all():
+            inverse.zero_().diagonal().fill_(1.0)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            if _finite(inverse.mT):
                 if share > damping:
                     log.warning("%s: its Hessian is singular; damping raised from %g to %g", name, damping, share)
-                return inverse * mean.rsqrt()
+                del lower
+                return inverse.flip(0, 1).mul_(mean.to(dtype).rsqrt())
     raise ValueError(
         "its Hessian cannot be factorized even with damping 1: its inputs are not finite or differ too much in size; "
         "calibrate on more data, or by ranges (calibration=mse)"
     )
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of x is finite; unlike `isfinite` it makes no other tensor of x's size."""
+    return all(bool(torch.isfinite(extreme)) for extreme in x.aminmax())
 
 
 class Grams:

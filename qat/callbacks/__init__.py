@@ -9,8 +9,10 @@ from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
 from qat.callbacks.recovery import Recovery
+from qat.callbacks.scales_only import ScalesOnly
+from qat.callbacks.trainable import Trainable
 
 __all__ = [
     "Distillation", "Export", "LoRA", "NaNGuard", "Oscillation", "QuantizationAwareTraining", "RandomState", "Recovery",
-    "SafeExit", "TrainingHealth",
+    "SafeExit", "ScalesOnly", "Trainable", "TrainingHealth",
 ]  # fmt: skip

@@ -1,22 +1,24 @@
 """LoRA as a callback: adapters that are quantized with the weights, on any LightningModule."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
 from torch import Tensor, nn
 
 from qat.callbacks.batches import after
-from qat.callbacks.quantization import quantization_of
+from qat.callbacks.quantization import QuantizationAwareTraining, quantization_of
+from qat.callbacks.trainable import Trainable
 from qat.export.directory import atomic_directory
 from qat.insertion import layers
+from qat.scheme import QuantScheme
 from qat.training.lora import add_adapters, check_rank, save_adapter, targeted
 
 log = logging.getLogger(__name__)
 
 
-class LoRA(L.Callback):
+class LoRA(Trainable):
     """Trains low-rank adapters and scales, all else frozen: fq(W + (lora_alpha / r) B A) (arXiv 2106.09685).
 
     What is exported are the codes of that sum, bit for bit as trained.  Comes after `QuantizationAwareTraining` in the
@@ -44,19 +46,21 @@ class LoRA(L.Callback):
         self.r, self.lora_alpha, self.target_modules = r, lora_alpha, target_modules
         self.folder, self.base = folder, base
 
-    def check(self, model: nn.Module, quantized: Iterable[str]) -> None:
-        """Refuse a target or a rank that does not fit before anything long.
+    @property
+    def weights_learn(self) -> bool:
+        return self.r == 0
 
-        Args:
-            model: before insertion.
-            quantized: dotted names of the layers that will be quantized.
+    def check(
+        self, model: nn.Module, chosen: Mapping[str, QuantScheme], quantization: QuantizationAwareTraining
+    ) -> None:
+        """As `Trainable.check`.
 
         Raises:
-            ValueError: nothing is quantized, a target is not there, or a rank is too large.
+            ValueError: a target is not there, or a rank is too large.
         """
         if not self.r:
             return
-        weights = {n: getattr(model.get_submodule(n), "weight", None) for n in quantized}
+        weights = {n: getattr(model.get_submodule(n), "weight", None) for n in chosen}
         shapes = {n: w.shape for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
         check_rank(self.r, {n: shapes[n] for n in targeted(shapes, self.target_modules)})
 

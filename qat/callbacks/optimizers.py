@@ -18,7 +18,8 @@ def scale_groups(model: nn.Module, scale_lr: float, scale_decay: float = 0.0) ->
     """Within, an optimizer that is built puts the scales of `model` in groups with `scale_lr` and `scale_decay`.
 
     The groups are split while the optimizer is built, and not after: schedulers read the number and the
-    rates of the groups when they are built themselves.  Groups that hold scales only are left alone.
+    rates of the groups when they are built themselves.  Groups that hold scales only are left alone
+    where they have a rate of their own; without one they would train at that of weights that do not learn.
     """
     parameters = scale_parameters(model)
     scales = {id(p) for p in parameters}
@@ -32,9 +33,10 @@ def scale_groups(model: nn.Module, scale_lr: float, scale_decay: float = 0.0) ->
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         ours = [p for p in params if id(_tensor(p)) in scales]
         rest = [p for p in params if id(_tensor(p)) not in scales]
-        if not ours or not rest:
+        if not ours or (not rest and "lr" in param_group):
             return original(self, {**param_group, "params": params})
-        original(self, {**param_group, "params": rest})
+        if rest:
+            original(self, {**param_group, "params": rest})
         own = {"params": ours, "lr": scale_lr, "weight_decay": scale_decay, _SPLIT: True}
         return original(self, {**param_group, **own})
 

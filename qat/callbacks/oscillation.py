@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from qat.callbacks.trainable import Trainable
 from qat.estimators import STE, Estimator
 from qat.insertion import layers
 from qat.training.oscillation import Freezing, damping_gradient
@@ -39,21 +40,21 @@ class Oscillation(L.Callback):
         self._loaded: dict[str, Any] = {}
         self._step = 0  # optimizer steps before the batch under way
 
-    def check(self, estimator: Estimator, adapters: bool) -> None:
+    def check(self, estimator: Estimator, weights_learn: bool) -> None:
         """Refuse what cannot be damped or frozen before anything long.
 
         Args:
             estimator: of the weights.
-            adapters: whether layers have, or will get, LoRA's.
+            weights_learn: whether weights do: not under LoRA or scales-only training.
 
         Raises:
             ValueError: the estimator's scales follow the weights: holding the largest at its code shrinks its scale;
-                or adapters learn and weights do not.
+                or weights do not learn.
         """
-        if adapters and (self.damping or self.freezing is not None):
+        if not weights_learn and (self.damping or self.freezing is not None):
             raise ValueError(
-                "damping and freezing move weights, and under LoRA weights stay as they are: use trainable=all, or "
-                "callbacks.oscillation.damping=0 and callbacks.oscillation.freezing=null"
+                "damping and freezing move weights, and under LoRA or scales-only training weights stay as they are: "
+                "use trainable=all, or callbacks.oscillation.damping=0 and callbacks.oscillation.freezing=null"
             )
         if self.freezing is not None and isinstance(estimator, STE) and estimator.follow is not None:
             raise ValueError(
@@ -68,8 +69,9 @@ class Oscillation(L.Callback):
         return float(sum(int(m.sum()) for m in masks) / max(sum(m.numel() for m in masks), 1))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        learn = all(c.weights_learn for c in trainer.callbacks if isinstance(c, Trainable))  # type: ignore[attr-defined]
         for layer in layers(pl_module).values():
-            self.check(layer.weight_quantizer.estimator, adapters=layer.lora_A is not None)
+            self.check(layer.weight_quantizer.estimator, weights_learn=learn and layer.lora_A is None)
         if self.damping and math.isinf(trainer.estimated_stepping_batches):
             raise ValueError("damping grows until training ends: tell the trainer when, by max_steps")
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import lightning as L
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
 from qat.data import windows
 from qat.data.documents import SPLITS, Document, Split, digest
+from qat.data.resumable import ResumableData
 from qat.data.windows import ResumableSampler, Windows
 
 
-class LanguageData(L.LightningDataModule):
+class LanguageData(ResumableData):
     """Text documents as windows of tokens.
 
     Training windows are cut from the concatenated documents of the training split.  Held-out windows
@@ -36,6 +36,8 @@ class LanguageData(L.LightningDataModule):
         ValueError: from `setup`, when a split has no usable token (with what to do about it).
     """
 
+    unit = "token"  # what has a label, and a loss
+
     def __init__(
         self,
         source: Callable[[], list[Document]] | list[Document],
@@ -53,7 +55,6 @@ class LanguageData(L.LightningDataModule):
         self.windows_per_document, self.calibration_windows = windows_per_document, calibration_windows
         self.extra, self.extra_share = extra, extra_share
         self.tokenizer: Any = None
-        self._batches_done = 0
 
     _remedy = "more documents or a smaller data.seq_len"
 
@@ -81,7 +82,10 @@ class LanguageData(L.LightningDataModule):
         """Tokenize and cut; called by Lightning, and harmless to call twice."""
         self._batches_done = 0  # a new fit; a resumed one is told by load_state_dict
         if self.tokenizer is None:
-            raise ValueError(f"data {self.name} has no tokenizer: set `data.tokenizer` before use")
+            raise ValueError(
+                f"data {self.name} has no tokenizer: set `data.tokenizer` before use (image classifiers "
+                "have none: data=digits)"
+            )
         for split in SPLITS:
             self.split(split)
 
@@ -129,16 +133,6 @@ class LanguageData(L.LightningDataModule):
         shares = [1 - self.extra_share, self.extra_share] if len(datasets) > 1 else None
         sampler = ResumableSampler([len(d) for d in datasets], self.batch_size, self.seed, shares, self._batches_done)
         return DataLoader(ConcatDataset(datasets), batch_sampler=sampler)
-
-    def state_dict(self) -> dict[str, int]:
-        """How many training batches the run has used; part of every checkpoint."""
-        # Not `completed`: a checkpoint saved in on_train_batch_end has its last batch processed, not completed.
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
-        return {"batches": progress.processed if progress is not None else 0}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where the next loader starts.  Lightning calls this after `setup` and before it builds any loader."""
-        self._batches_done = state_dict["batches"]
 
     @cached_property
     def _training(self) -> list[Windows]:

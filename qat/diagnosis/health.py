@@ -157,7 +157,7 @@ def _every(layer: FakeQuantLayer) -> int:
     """The stride of the watched rows; 1 where one scale of the whole tensor may follow all of them."""
     assert layer.weight_quantizer.scale is not None
     # Odd: the size of a head is a power of two, and its rows shall be met at every place.
-    return max(len(layer.matrix) // ROWS, 1) | 1 if len(layer.weight_quantizer.scale) > 1 else 1
+    return max(len(layer.weight_quantizer.scale) // ROWS, 1) | 1  # a row of scales for each of the weight, or one
 
 
 def _watched(layer: FakeQuantLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,9 +119,6 @@ class WidthSearch:
         Raises:
             ValueError: a pattern matches no layer, or a layer cannot be quantized.
         """
-        linear = [n for n, m in model.named_modules() if type(m) in LAYERS and LAYERS[type(m)].kind == "linear"]
-        for pattern in self.ignore:
-            _check_pattern("quant.ignore", pattern, linear)
         chosen = plan(model, self.uniform(min(self.widths)))
         owner = {name: name for name in chosen}  # the first layer of each layer's group
         for shared in self._shared(list(chosen)):
@@ -142,7 +139,10 @@ class WidthSearch:
                     found.setdefault((parent, index), []).append(name)
         for patterns in self.together:
             for pattern in patterns:
-                _check_pattern("quant.together", pattern, names)
+                if not any(matches(pattern, name) for name in names):
+                    raise ValueError(
+                        f"quant.together: {pattern!r} matches no linear layer of {', '.join(names[:4])}, ..."
+                    )
         by_user = [[n for n in names if any(matches(p, n) for p in patterns)] for patterns in self.together]
         return [*found.values(), *by_user]
 
@@ -174,11 +174,6 @@ class WidthSearch:
                 f"take: give at least quant.budget_bits={least:g}, or a smaller width in quant.widths"
             )
         return budget
-
-
-def _check_pattern(key: str, pattern: str, names: Sequence[str]) -> None:
-    if not any(matches(pattern, name) for name in names):
-        raise ValueError(f"{key}: {pattern!r} matches no linear layer of {', '.join(names[:4])}, ...")
 
 
 def assign(costs: Table, sizes: Table, budget: int) -> dict[str, int]:

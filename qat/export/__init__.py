@@ -14,6 +14,7 @@ from qat.export.fold import Folded, Recorded, fold, record
 from qat.export.verify import VerificationError, verify
 from qat.functional import dequantize
 from qat.insertion import layers
+from qat.nn import FakeQuantLayer
 
 __all__ = [
     "Artifact",
@@ -38,14 +39,14 @@ class ExportedLayer:
         scheme: as summaries write it, `w4a16-g128`.
         shape: (out, in).
         bytes: of its codes and scales.
-        weight_error: ||W - Wq|| / ||W||, W in the dtype that training saw.
+        weight_error: ||W - Wq|| / ||W||, W in the dtype that training saw; None where only codes were left of W.
     """
 
     name: str
     scheme: str
     shape: tuple[int, int]
     bytes: int
-    weight_error: float
+    weight_error: float | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def export(
         check=lambda written: verify(written, recorded),
     )
     described = tuple(
-        _describe(name, folded[name], layer.adapted.detach().to(recorded[name].weight_dtype))
+        _describe(name, folded[name], _float_weight(layer, recorded[name].weight_dtype))
         for name, layer in quantized.items()
     )
     return Artifact(
@@ -118,15 +119,21 @@ def export(
     )
 
 
-def _describe(name: str, folded: Folded, weight: torch.Tensor) -> ExportedLayer:
+def _float_weight(layer: FakeQuantLayer, dtype: torch.dtype) -> torch.Tensor | None:
+    return layer.adapted.detach().to(dtype) if layer.weight_quantizer.packed is None else None
+
+
+def _describe(name: str, folded: Folded, weight: torch.Tensor | None) -> ExportedLayer:
     stored = compressed_tensors.layer_tensors(folded)
     counted = [tensor for key, tensor in stored.items() if key != "weight_shape"]
-    weight = weight.cpu().float()
-    error = (weight - dequantize(folded.codes, folded.scale)).norm() / weight.norm().clamp(min=1e-30)
+    error = None
+    if weight is not None:
+        weight = weight.cpu().float()
+        error = float((weight - dequantize(folded.codes, folded.scale)).norm() / weight.norm().clamp(min=1e-30))
     return ExportedLayer(
         name=name,
         scheme=str(folded.scheme),
         shape=(folded.codes.shape[0], folded.codes.shape[1]),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in counted),
-        weight_error=float(error),
+        weight_error=error,
     )

@@ -86,13 +86,13 @@ def _scalars(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures that this run has data for: title, caption, and SVG."""
     plots: list[tuple[str, str, Callable[[Any, dict[str, Any]], str | None], float]] = []
-    history, models, layers = summary["history"], summary["models"], summary["layers"]
+    history, models, layers, unit = summary["history"], summary["models"], summary["layers"], summary["unit"]
     if any(row["qat_loss"] is not None for row in history):
-        plots.append(("loss", "Loss while training, nats per token", _draw_loss, 3.1))
+        plots.append(("loss", f"Loss while training, nats per {unit}", _draw_loss, 3.1))
     if any(row[n] is not None for row in history for n in ("recovery", "recovery_over_control")):
         plots.append(("recovery", "Recovery while training", _draw_recovery, 3.1))
     if any(row["difference_to_float"] is not None and row["name"] != "float" for row in models):
-        plots.append(("models", "Loss against the float model, millinats per token", _draw_models, 3.1))
+        plots.append(("models", f"Loss against the float model, millinats per {unit}", _draw_models, 3.1))
     drawn = sum(row["error"] is not None for row in layers)
     if drawn:
         height = 0.6 + 0.19 * min(drawn, LAYERS_DRAWN)
@@ -105,7 +105,7 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
         title = "Predicted cost of the whole model by its size, millinats per token"
         plots.append(("frontier", title, _draw_frontier, 3.1))
     if any(row["loss"] is not None for row in summary["train_history"]):
-        plots.append(("train", "What training minimised, nats per token", _draw_train, 3.1))
+        plots.append(("train", f"What training minimised, nats per {unit}", _draw_train, 3.1))
     if summary["health"]:
         plots.append(("health", "Health of training, %", _draw_health, 3.1))
     if shrinkage(summary):

@@ -18,7 +18,7 @@ FILE = "summary.json"
 # What a missing key means.  Tuples are read as "one of these types".
 _TEXT = (
     "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "control_ptq_calibration",
-    "export_dir", "sensitivity_metric",
+    "export_dir", "sensitivity_metric", "unit",
 )  # fmt: skip
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
@@ -32,7 +32,7 @@ _ROWS = {
     "history": ("step", "qat_loss", "recovery", "recovery_over_control"),
     "train_history": ("step", "loss"),
     "health": ("step", "oscillation", "changed", "clipped", "scale_drift", "gradient_ratio"),
-    "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error"),
+    "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error", "tokens", "dead_inputs"),
     "sensitivity": ("name", "bits", "bytes", "kl", "loss", "fisher", "chosen_bits"),
     "frontier": ("name", "bits", "predicted"),
 }
@@ -126,6 +126,7 @@ def _finite(values: Any) -> Any:
 def _checked(values: dict[str, Any], file: Path) -> dict[str, Any]:
     problems = [f"{name} is missing" for name in _REQUIRED if values.get(name) is None]
     full = {**values, **{name: values.get(name) for name in (*_TEXT, *_NUMBERS, *_INTERVALS)}}
+    full["unit"] = full["unit"] or "token"  # what summaries were about before they said so
     full |= {name: values.get(name) or {} for name in _MAPPINGS} | {name: values.get(name) or [] for name in _ROWS}
     for name in _NUMBERS:
         full.setdefault(f"{name}_reason", None)
@@ -227,17 +228,17 @@ def shrinkage(summary: dict[str, Any]) -> float | None:
 def verdict(summary: dict[str, Any]) -> str:
     """One sentence: did training through the quantizer beat fine-tuning first and quantizing after, how surely?"""
     delta, interval = summary["qat_minus_control_ptq"], summary["qat_minus_control_ptq_interval"]
-    qat, ptq = summary["qat_loss"], summary["ptq_loss"]
+    qat, ptq, unit = summary["qat_loss"], summary["ptq_loss"], f"millinats per {summary['unit']}"
     if delta is not None:
         rival = "fine-tuning first and quantizing after"
-        gap = f"{number(1e3 * abs(delta), 1)} millinats per token"
+        gap = f"{number(1e3 * abs(delta), 1)} {unit}"
         if interval is None or None in interval:
             better = "QAT ended below" if delta < 0 else "QAT ended above"
             return f"{better} {rival}, by {gap}; no interval was computed, so chance is not excluded."
         if interval[0] <= 0 <= interval[1]:
             return (
                 f"QAT and {rival} cannot be told apart: the difference is {number(1e3 * delta, 1, sign=True)} "
-                f"millinats per token, and its 95 % interval {_brackets(interval, 1e3, 1, True)} includes 0."
+                f"{unit}, and its 95 % interval {_brackets(interval, 1e3, 1, True)} includes 0."
             )
         low, high = sorted(1e3 * abs(v) for v in interval)
         word = "beat" if delta < 0 else "did worse than"
@@ -247,13 +248,13 @@ def verdict(summary: dict[str, Any]) -> str:
             return "QAT was trained, but nothing it could be compared with was measured."
         word = "below" if qat < ptq else "above"
         return (
-            f"QAT ended {number(1e3 * abs(qat - ptq), 1)} millinats per token {word} quantizing the float model; "
+            f"QAT ended {number(1e3 * abs(qat - ptq), 1)} {unit} {word} quantizing the float model; "
             "without a control, how much of that is fine-tuning alone is not known."
         )
     calibrated = summary["calibrated_loss"] if summary["calibrated_loss"] is not None else ptq
     if calibrated is not None and summary["float_loss"] is not None:
         cost = number(1e3 * (calibrated - summary["float_loss"]), 1, sign=True)
-        sentence = f"Quantized without training: {cost} millinats per token against the float model"
+        sentence = f"Quantized without training: {cost} {unit} against the float model"
         if ptq is None or calibrated == ptq:
             return f"{sentence}."
         return f"{sentence}; rounding to nearest costs {number(1e3 * (ptq - summary['float_loss']), 1, sign=True)}."

@@ -54,7 +54,10 @@ def run_table(summary: dict[str, Any]) -> Group:
     """
     table = Table(
         title=heading(summary),
-        caption="loss: nats/token · Δ float: millinats/token, with its 95 % interval · accuracy: next token",
+        caption=(
+            f"loss: nats/{summary['unit']} · Δ float: millinats/{summary['unit']}, with its 95 % interval · "
+            f"accuracy: {'next token' if summary['unit'] == 'token' else 'class of the ' + summary['unit']}"
+        ),
         title_justify="left",
         caption_justify="left",
     )
@@ -164,7 +167,7 @@ def compare_table(summaries: list[dict[str, Any]], width: int | None = None) -> 
             left_out.append(_COLUMNS[name].replace("\n", " "))
     table = Table(
         title=" · ".join(f"{name} {cells[0]}" for name, cells in shared.items()) or None,
-        caption="losses: nats/token · QAT - PTQ(control): millinats/token · [95 % interval] · ± standard deviation",
+        caption="losses: nats · QAT - PTQ(control): millinats · [95 % interval] · ± standard deviation",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -39,18 +39,27 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if local else name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path if local else name, dtype=getattr(torch, dtype), output_loading_info=True
         )
-        model, info = loaded
     except Exception as error:
         hint = "is the folder complete?" if local else "is it a folder here, or a name on the hub you can reach?"
         raise ValueError(f"model {name} cannot be loaded ({hint}): {type(error).__name__}: {error}") from error
+    return complete(name, loaded), tokenizer
+
+
+def complete(name: str, loaded: Any) -> Any:
+    """The model of what `from_pretrained(..., output_loading_info=True)` returned.
+
+    Raises:
+        ValueError: a parameter is absent from the checkpoint, NaN or infinite.
+    """
+    model, info = loaded
     if info["missing_keys"]:  # transformers would go on with random values
         missing = sorted(info["missing_keys"])
         raise ValueError(f"model {name}: its checkpoint lacks {len(missing)} parameters, such as {missing[0]}")
     check_finite(model)
-    return model, tokenizer
+    return model
 
 
 def check_finite(model: torch.nn.Module) -> None:

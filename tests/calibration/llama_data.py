@@ -11,8 +11,9 @@ G32 = QuantScheme(weight=QuantSpec(bits=4, granularity="group", group_size=32))
 
 
 def inserted(model: nn.Module, scheme: QuantScheme = G32, **rules) -> nn.Module:
-    """`model` with fake quantizers everywhere but in its output layer."""
-    insert(model, SchemeMap(name="test", rules=rules or {"*lm_head": None, "*": scheme}))
+    """`model` with fake quantizers everywhere but in its output layer, if it has one."""
+    head = {"*lm_head": None} if hasattr(model, "lm_head") else {}
+    insert(model, SchemeMap(name="test", rules=rules or {**head, "*": scheme}))
     return model
 
 

@@ -91,6 +91,20 @@ def test_offloaded_weights_are_mapped_from_the_files_of_their_blocks(tiny_llama,
         GPTQ(offload=True)(model, runner(model))
 
 
+def test_offloading_writes_into_no_weight_that_it_was_given(tiny_llama, tmp_path):
+    """Weights mapped from a checkpoint would keep a private page for each one written to, for as long as any lives."""
+    model = inserted(tiny_llama())
+    given = {name: p.data for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2}
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    for _ in range(2):  # calibrated, then restored from the files
+        GPTQ(offload=True)(model, runner(model), tmp_path)
+        assert all(torch.equal(given[name], before[name]) for name in given)
+        assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+        for name, parameter in model.named_parameters():
+            if name in given:
+                parameter.data = given[name]
+
+
 def test_only_the_block_at_hand_computes(tiny_llama):
     model, ran = inserted(tiny_llama()), []
     for index, block in enumerate(model.model.layers):

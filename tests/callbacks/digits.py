@@ -75,9 +75,9 @@ class LateClassifier(Classifier):
             self.network = network()
 
 
-def int4(**settings) -> QuantizationAwareTraining:
-    """INT4 in groups of 32, the last layer in float."""
-    schemes = uniform(QuantSpec(bits=4, granularity="group", group_size=32), ignore=("*network.4",))
+def int4(ignore: tuple[str, ...] = ("*network.4",), **settings) -> QuantizationAwareTraining:
+    """INT4 in groups of 32, the last layer of `network()` in float."""
+    schemes = uniform(QuantSpec(bits=4, granularity="group", group_size=32), ignore=ignore)
     return QuantizationAwareTraining(schemes, **{"scale_lr": 1e-3, **settings})
 
 

@@ -55,9 +55,9 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(stop, tmp_path):
 
 def test_the_adapter_is_written_and_fits_the_model_that_it_came_from(tmp_path):
     module, callback = Classifier(), lora(folder=tmp_path / "adapter", base="digits", target_modules=["0"])
-    trainer(int4(submodule="network"), callback).fit(module, LOADERS[0])
+    trainer(int4(ignore=(), submodule="network"), callback).fit(module, LOADERS[0])
     other = Classifier()
-    insert(other.network, int4().schemes)
+    insert(other.network, int4(ignore=()).schemes)
     load_adapter(other.network, tmp_path / "adapter")
     for name, layer in layers(module.network).items():
         twin = layers(other.network)[name]
@@ -67,7 +67,12 @@ def test_the_adapter_is_written_and_fits_the_model_that_it_came_from(tmp_path):
 
 def test_no_adapter_is_written_for_weights_that_calibration_changed(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    settings = {"calibration": CALIBRATIONS["gptq"], "calibration_loader": LOADERS[0], "submodule": "network"}
+    settings = {
+        "calibration": CALIBRATIONS["gptq"],
+        "calibration_loader": LOADERS[0],
+        "submodule": "network",
+        "ignore": (),
+    }
     trainer(int4(**settings), lora(folder=tmp_path / "adapter")).fit(Classifier(), LOADERS[0])
     assert not (tmp_path / "adapter").exists()
     assert "gptq changed the weights" in caplog.text
@@ -83,10 +88,11 @@ def test_rank_zero_trains_everything():
 
 def test_what_does_not_fit_is_refused_with_what_does():
     module = Classifier()
+    chosen = dict.fromkeys(["0", "2"])
     with pytest.raises(ValueError, match=r"no quantized linear layer is called q_proj.*is one of 0, 2"):
-        lora(target_modules=["q_proj"]).check(module.network, ["0", "2"])
+        lora(target_modules=["q_proj"]).check(module.network, chosen, int4())
     with pytest.raises(ValueError, match="between 1 and 32, the size of 2"):
-        lora(r=33).check(module.network, ["0", "2"])
+        lora(r=33).check(module.network, chosen, int4())
     with pytest.raises(ValueError, match="LoRA needs a QuantizationAwareTraining callback"):
         trainer(lora()).fit(module, LOADERS[0])
     with pytest.raises(ValueError, match="cannot be negative"):

@@ -163,7 +163,7 @@ def test_a_resumed_run_freezes_the_same_weights(stop, tmp_path):
 def test_freezing_under_scales_that_follow_the_weights_is_refused():
     with pytest.raises(ValueError, match="freezing holds codes under a scale, and STE"):
         fit(Oscillation(freezing=0.1), None, STE(follow="absmax"))
-    Oscillation(damping=1.0).check(STE(follow="absmax"), adapters=False)
+    Oscillation(damping=1.0).check(STE(follow="absmax"), weights_learn=True)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class SaveAt(L.Callback):
 def fit(*callbacks, draws: int = 0, **more):
     module = Dropped()
     torch.rand(draws)  # what a measurement before training takes
-    trainer(int4(), RandomState(7), *callbacks, max_epochs=-1).fit(module, digits(batch_size=1500)[0], **more)
+    trainer(int4(ignore=()), RandomState(7), *callbacks, max_epochs=-1).fit(module, digits(batch_size=1500)[0], **more)
     return module.state_dict()
 
 
@@ -47,5 +47,5 @@ def test_what_is_measured_before_training_does_not_move_the_dropout():
 
 def test_another_seed_is_another_run():
     module = Dropped()
-    trainer(int4(), RandomState(8), max_epochs=-1).fit(module, digits(batch_size=1500)[0])
+    trainer(int4(ignore=()), RandomState(8), max_epochs=-1).fit(module, digits(batch_size=1500)[0])
     assert not equal(fit(), module.state_dict())

@@ -98,7 +98,7 @@ def test_the_smallest_budget_that_a_refusal_names_is_accepted(tiny_llama):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ignore": ["*lm_haed"]}, r"quant.ignore: '\*lm_haed' matches no linear layer"),
+        ({"ignore": ["*lm_haed"]}, r"'\*lm_haed' matches no layer"),
         ({"together": [["*o_proj", "*experts*"]]}, r"quant.together: '\*experts\*' matches no linear layer"),
         ({"group_size": 48}, "group_size 48 does not divide 128 inputs"),
         ({"widths": [4, 9]}, "bits must be an integer from 2 to 8, got 9"),

@@ -19,7 +19,8 @@ from qat.scheme import QuantSpec, uniform
 from qat.training import add_adapters, load_adapter, save_adapter, scale_parameters
 from qat.training.lora import targeted
 
-INT4 = uniform(QuantSpec(bits=4, granularity="group", group_size=32), ignore=("*lm_head",))
+G32 = QuantSpec(bits=4, granularity="group", group_size=32)
+INT4 = uniform(G32, ignore=("*lm_head",))
 TOKENS = torch.arange(24)[None]
 
 
@@ -64,7 +65,7 @@ def test_gradients_are_those_of_the_sum_by_the_chain_rule(kind, stage):
     for _ in range(2):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(64, 24) if kind is nn.Linear else Conv1D(24, 64))
-        insert(model, INT4, LSQ())
+        insert(model, uniform(G32), LSQ())
         pair.append(model)
     (adapted,), (dense,) = ([*layers(m).values()] for m in pair)
     adapted.adapt(4, scaling)

@@ -1,0 +1,56 @@
+"""What a run's calibration data reaches, before anything long is done with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from qat.calibration import Coverage
+from qat.calibration.coverage import Reached
+from qat.callbacks.quantization import QuantizationAwareTraining
+from qat.export import Artifact
+from qat.insertion import insert
+
+
+def measure_coverage(
+    pl_module: L.LightningModule, trainer: L.Trainer, quantization: QuantizationAwareTraining
+) -> dict[str, Reached]:
+    """What each quantized layer sees of the calibration data; nothing where the calibration needs none.
+
+    Args:
+        pl_module: float; fake quantizers are inserted into it, and stay in float.
+        trainer: with data attached.
+        quantization: whose scheme and calibration it is about.
+
+    Raises:
+        ValueError: some layer sees nothing.
+    """
+    model = quantization.quantized(pl_module)
+    insert(model, quantization.schemes, quantization.estimator, quantization.input_estimator)
+    if not quantization.calibration.needs_data(model):
+        return {}
+    trainer.precision_plugin.convert_module(pl_module)
+    pl_module.to(trainer.strategy.root_device)
+    coverage = Coverage()
+    try:
+        quantization.calibrate(trainer, pl_module, coverage)
+    except ValueError as error:
+        raise ValueError(f"calibration {quantization.calibration.name}: {error}") from error
+    return coverage.reached
+
+
+def layer_rows(artifact: Artifact, reached: Mapping[str, Reached]) -> list[dict[str, Any]]:
+    """The layers of an artifact and what each saw of the calibration data, as the summary has them."""
+    return [
+        {
+            "name": layer.name,
+            "scheme": layer.scheme,
+            "shape": list(layer.shape),
+            "bytes": layer.bytes,
+            "float_bytes": 2 * layer.shape[0] * layer.shape[1],
+            "error": layer.weight_error,
+            "tokens": reached[layer.name].tokens if layer.name in reached else None,
+            "dead_inputs": reached[layer.name].dead if layer.name in reached else None,
+        }
+        for layer in artifact.layers
+    ]
