@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +122,18 @@ def interval(values: np.ndarray, tokens: np.ndarray) -> list[float]:
     return [1e3 * float(v) for v in (values.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975]))]
 
 
-def by_document(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[float]:
+def by_document_sums(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and tokens of each document that has any, from (value, tokens, document) of the windows of all batches."""
     values, tokens, document = (torch.cat(column).double().numpy() for column in zip(*rows, strict=True))
     index = document.astype(int)
     summed, counted = np.zeros(index.max() + 1), np.zeros(index.max() + 1)
     np.add.at(summed, index, values)
     np.add.at(counted, index, tokens)
-    return interval(summed[counted > 0], counted[counted > 0])
+    return summed[counted > 0], counted[counted > 0]
+
+
+def by_document(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[float]:
+    return interval(*by_document_sums(rows))
 
 
 def cell(model: torch.nn.Module, data: LanguageData, reference: list[dict], batches: list[dict], args: tuple) -> dict:
@@ -166,17 +171,17 @@ def compared(model: torch.nn.Module, data: LanguageData, reference: list[dict]) 
     return {"kl": by_document(divergence), "loss": by_document(difference)}
 
 
-def _child(queue, threads: int, *arguments) -> None:
+def _child(queue, function: Callable[..., dict], threads: int, *arguments) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    queue.put(cell(*arguments))
+    queue.put(function(*arguments))
 
 
-def isolated(threads: int, *arguments) -> dict:
-    """`cell` in a process of its own, since peak memory is a process's: a fork, which starts from what is loaded."""
+def isolated(function: Callable[..., dict], threads: int, *arguments) -> dict:
+    """`function` in a process of its own, since peak memory is a process's: a fork, with what is loaded."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(queue, threads, *arguments))
+    process = context.Process(target=_child, args=(queue, function, threads, *arguments))
     process.start()
     while process.is_alive() and queue.empty():
         process.join(0.1)
@@ -234,7 +239,7 @@ def main() -> None:
             key = f"{kind} {scheme} {method} seed={seed}"
             if key in state["cells"]:
                 continue
-            found = isolated(arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
+            found = isolated(cell, arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
             state["cells"][key] = found | {"threads": arguments.threads}
             state["torch"] = torch.__version__
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

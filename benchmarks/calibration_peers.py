@@ -5,11 +5,13 @@
 
 llm-compressor runs in that environment, with its defaults, on the samples without padding; what it writes is loaded by
 transformers here.  Losses above the float model's on the test documents, and ours minus theirs, paired, with 95 %
-intervals (bootstrap over documents), in millinats per token.  Below 0 ours is better.
+intervals (bootstrap over documents), in millinats per token.  Below 0 ours is better.  Every finished row is kept in
+the JSON file, so an interrupted benchmark goes on where it was.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -69,7 +71,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     version = version_of(arguments.peer_python)
-    data, model, rows = language(), float_model("plain"), []
+    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"llmcompressor": version, "rows": []}
+    if kept["llmcompressor"] != version:
+        parser.error(f"{arguments.json} holds rows of llm-compressor {kept['llmcompressor']}, this is {version}")
+    rows = {(row["scheme"], row["method"], row["seed"]): row for row in kept["rows"]}
+    data, model = language(), float_model("plain")
     reference = list(measured(model, data))
     table = Table(title="loss above float, millinats per token")
     for column in ("scheme", "method", "seed", "ours", "llm-compressor", "ours - theirs", "seconds, ours", "theirs"):
@@ -86,26 +92,28 @@ def main() -> None:
                 for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
             ]
             (at / "tokens.json").write_text(json.dumps(samples))
-            for scheme in arguments.schemes:
-                for method in arguments.methods:
+            for scheme, method in itertools.product(arguments.schemes, arguments.methods):
+                key = scheme, method, seed
+                if key not in rows:
                     out = at / f"{scheme}-{method}-{seed}"
                     seconds = theirs(arguments.peer_python, at / "model", at / "tokens.json", out, scheme, method)
                     peer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
                     ours = copy.deepcopy(model)
                     mine = cell(ours, data, reference, batches, (scheme, method))
                     answers = list(measured(peer, data))
-                    row = {
+                    rows[key] = {
                         "scheme": scheme, "method": method, "seed": seed, "settings": str(METHODS[method]),
                         "ours": mine["loss"], "theirs": compared(peer, data, reference)["loss"],
                         "difference": compared(ours, data, answers)["loss"],
                         "seconds": [mine["seconds"], seconds],
                     }  # fmt: skip
-                    rows.append(row)
-                    write(arguments.json, {"torch": torch.__version__, "llmcompressor": version, "rows": rows})
-                    text = [f"{v:+.2f} [{low:+.2f}, {high:+.2f}]" for v, low, high in
-                            (row["ours"], row["theirs"], row["difference"])]  # fmt: skip
-                    table.add_row(scheme, method, str(seed), *text, f"{mine['seconds']:.1f}", f"{seconds:.1f}")
-                    Console().print(scheme, method, seed, *text)
+                    every = list(rows.values())
+                    write(arguments.json, {"torch": torch.__version__, "llmcompressor": version, "rows": every})
+                row = rows[key]
+                text = [f"{v:+.2f} [{low:+.2f}, {high:+.2f}]" for v, low, high in
+                        (row["ours"], row["theirs"], row["difference"])]  # fmt: skip
+                table.add_row(scheme, method, str(seed), *text, *(f"{v:.1f}" for v in row["seconds"]))
+                Console().print(scheme, method, seed, *text)
     Console(width=150).print(table)
 
 

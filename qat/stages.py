@@ -1,7 +1,6 @@
 """The stages of a run, in order; `Run.all` reads as the table of contents."""
 
 import logging
-import shlex
 import shutil
 import sys
 import time
@@ -14,13 +13,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qat import __version__
 from qat.calibration import CALIBRATIONS, Calibration
-from qat.callbacks import Export, NaNGuard, QuantizationAwareTraining, RandomState, Recovery, SafeExit, Trainable
+from qat.callbacks import Export, QuantizationAwareTraining, Recovery, Trainable
 from qat.callbacks.control import (
     WEIGHTS,
     Control,
@@ -48,6 +46,7 @@ from qat.report.table import run_table
 from qat.resume import check_resume
 from qat.scheme import QuantScheme, SchemeMap
 from qat.structure import untie
+from qat.trainer import build_trainer, resume_command
 
 log = logging.getLogger("qat")
 
@@ -186,26 +185,7 @@ class Run:
         return trainable
 
     def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
-        last = checkpoints / "last.ckpt"
-        every = ModelCheckpoint(
-            dirpath=checkpoints,
-            filename="last",
-            every_n_train_steps=self.cfg.checkpoint_every,
-            save_top_k=1,
-            enable_version_counter=False,
-        )
-        trainer = self.cfg.trainer
-        # The data is endless; told where the run ends, the progress bar knows what is left.
-        settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
-        guards = [RandomState(self.cfg.seed), NaNGuard(), SafeExit(last, self._resume_command()), every]
-        # Partial: given as overrides, the objects would pass through OmegaConf, which takes a DummyLogger for a type.
-        build = instantiate(self.cfg.trainer, _partial_=True)
-        return build(callbacks=[*callbacks, *guards], default_root_dir=str(self.out), **settings)
-
-    def _resume_command(self) -> str:
-        words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
-        program = ["qat", "train"] if sys.argv[0] == "qat train" else ["python", sys.argv[0]]
-        return shlex.join([*program, *words, f"hydra.run.dir={self.out}", "resume=true"])
+        return build_trainer(self.cfg, self.out, checkpoints, callbacks, **settings)
 
     # -- widths -------------------------------------------------------------------------------------
 
@@ -217,7 +197,7 @@ class Run:
             found = search_widths(search, task, trainer, self._quantization(), at, self.digest, self.cfg.resume)
             self.schemes, self.searched = found
         except KeyboardInterrupt:
-            sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {self._resume_command()}")
+            sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {resume_command(self.out)}")
 
     # -- calibration data ---------------------------------------------------------------------------
 
@@ -311,7 +291,7 @@ class Run:
             self.recovery.on_fit_start(trainer, task)
             quantization.calibrate(trainer, task)
         except KeyboardInterrupt:
-            sys.exit(f"stopped; finished blocks are kept. It goes on with:\n  {self._resume_command()}")
+            sys.exit(f"stopped; finished blocks are kept. It goes on with:\n  {resume_command(self.out)}")
         set_stage(task, Stage.FROZEN)
         self.recovery.measure_calibrated(trainer, task)
         self.export.on_train_end(trainer, task)

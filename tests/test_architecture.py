@@ -33,12 +33,12 @@ MAY = {
     "resume": [],
     "quiet": [],
     "__init__": [*CORE, "calibration", "training"],
-    **dict.fromkeys(["stages", "main", "cli"], None),  # anything
+    **dict.fromkeys(["stages", "trainer", "main", "cli"], None),  # anything
 }
 ONLY_IN = {
-    "lightning": {"callbacks", "tasks", "data", "stages", "main"},
-    "hydra": {"config", "main", "stages"},
-    "omegaconf": {"config", "main", "resume", "stages"},
+    "lightning": {"callbacks", "tasks", "data", "stages", "trainer", "main"},
+    "hydra": {"config", "main", "stages", "trainer"},
+    "omegaconf": {"config", "main", "resume", "stages", "trainer"},
     "wandb": {"callbacks", "report"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -120,7 +120,7 @@ def test_every_recipe_runs_to_its_export(path, job, monkeypatch, tmp_path):
         words += ["data.extra=null", "data.extra_share=0"]
     if recipe.get("trainer", {}).get("max_steps") != 0:
         words += ["trainer.max_steps=4", "trainer.val_check_interval=2"]
-    if path.stem == "llama_mixed_ptq":
+    if path.stem.startswith("llama_mixed"):
         words += ["quant.widths=[3,4,5]", "quant.windows=4"]
     train(monkeypatch, f"recipe={path.stem}", *words, f"hydra.run.dir={tmp_path}/run")
     summary = read_summary(tmp_path / "run")

@@ -7,7 +7,8 @@ teacher is called with what that part was called with.
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -15,22 +16,27 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
+from qat.calibration.blocks import find_blocks
 from qat.callbacks.batches import after
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.insertion import layers
-from qat.training import divergence
+from qat.training import divergence, hidden_error
 
 
 class Distillation(L.Callback):
     """Trains a quantized model towards the distribution of a float one.
 
     The loss is (1 - weight) * what `training_step` returns + weight * T² KL(teacher || student) in nats, over the rows
-    whose label is known (arXiv 1503.02531; from the model's own float weights: arXiv 2305.17888, section 2.2).  Comes
-    before `QuantizationAwareTraining` in the trainer's callbacks.  Logs `train/kl`.
+    whose label is known (arXiv 1503.02531; from the model's own float weights: arXiv 2305.17888, section 2.2), plus
+    hidden * the mean of `qat.training.hidden_error` over the outputs of all blocks.  Comes before
+    `QuantizationAwareTraining` in the trainer's callbacks.  Logs `train/kl` and `train/hidden`.
 
     Args:
-        weight: share of the divergence, from 0 (the module's own loss alone; nothing is held in memory) to 1.
+        weight: share of the divergence, from 0 to 1.  With 0 and hidden=0 the module's own loss is all there is, and
+            nothing is held in memory.
         temperature: T of `qat.training.divergence`.
+        hidden: weight of the error of the blocks' outputs, a block being an entry of the `ModuleList` that holds most
+            quantized layers.
         submodule: dotted name of the part of the LightningModule that returns logits, as a tensor (..., classes) or as
             an object with `logits`; `training_step` calls it once.
         teacher: a float model with the same classes, called as that part is.  By default a frozen copy of that part as
@@ -48,17 +54,24 @@ class Distillation(L.Callback):
         teacher: nn.Module | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        hidden: float = 0.0,
     ):
         if not 0 <= weight <= 1:
             raise ValueError(f"the weight of distillation must be in [0, 1], got {weight}")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"the temperature of distillation must be positive, got {temperature}")
+        if not (hidden >= 0 and math.isfinite(hidden)):
+            raise ValueError(f"the weight of hidden states must not be negative, got {hidden}")
         if not submodule:
             raise ValueError("distillation needs the name of the part that returns logits, such as submodule=model")
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"distillation's dtype must be one of torch's, such as bfloat16, got {dtype}")
-        self.weight, self.temperature, self.submodule = weight, temperature, submodule
+        self.weight, self.temperature, self.submodule, self.hidden = weight, temperature, submodule, hidden
         self.teacher, self.dtype, self.device = teacher, dtype, device
+
+    @property
+    def _teaches(self) -> bool:
+        return bool(self.weight or self.hidden)
 
     def check(self, pl_module: L.LightningModule, start_step: int, quantizes: bool = True) -> None:
         """Refuse what cannot be distilled before anything long.
@@ -71,7 +84,7 @@ class Distillation(L.Callback):
         Raises:
             ValueError: another vocabulary, or a model that is its own teacher.
         """
-        if not self.weight:
+        if not self._teaches:
             return
         own = self.teacher is None
         if own and not quantizes:
@@ -94,7 +107,7 @@ class Distillation(L.Callback):
     # -- hooks --------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.weight:
+        if stage != "fit" or not self._teaches:
             return
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -113,9 +126,11 @@ class Distillation(L.Callback):
         def training_step(*args: Any, **kwargs: Any) -> Any:
             calls: list[tuple[Any, Any, Any]] = []
             part = pl_module.get_submodule(self.submodule)
-            with part.register_forward_hook(lambda _, a, k, out: calls.append((a, k, out)), with_kwargs=True):
+            watched = part.register_forward_hook(lambda _, a, k, out: calls.append((a, k, out)), with_kwargs=True)
+            with watched, _outputs(part, self._blocks(part)) as states:
                 result = original(*args, **kwargs)
-            return None if result is None else self._mixed(pl_module, result, calls, args[0] if args else None)
+            batch = args[0] if args else None
+            return None if result is None else self._mixed(pl_module, result, calls, states, batch)
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
@@ -133,7 +148,7 @@ class Distillation(L.Callback):
         self.teacher = copy.deepcopy(part)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.weight:
+        if not self._teaches:
             return
         assert self.teacher is not None
         self.teacher = trainer.precision_plugin.convert_module(self.teacher)
@@ -146,7 +161,9 @@ class Distillation(L.Callback):
 
     # -- loss ---------------------------------------------------------------------------------------
 
-    def _mixed(self, pl_module: L.LightningModule, result: Any, calls: list[tuple[Any, Any, Any]], batch: Any) -> Any:
+    def _mixed(
+        self, pl_module: L.LightningModule, result: Any, calls: list[tuple[Any, Any, Any]], states: Any, batch: Any
+    ) -> Any:
         if len(calls) != 1:
             raise ValueError(
                 f"training_step called {self.submodule} {len(calls)} times, and distillation compares one call: "
@@ -154,13 +171,38 @@ class Distillation(L.Callback):
             )
         args, kwargs, output = calls[0]
         student = _logits(output, self.submodule)
-        with torch.no_grad():
+        assert self.teacher is not None
+        with torch.no_grad(), _outputs(self.teacher, list(states)) as theirs:
             teacher = _logits(self._taught(args, kwargs), "the teacher").to(student.device)
-        kl = divergence(student, teacher, _known(batch, kwargs, student), self.temperature)
-        pl_module.log("train/kl", kl, prog_bar=True)
+        known = _known(batch, kwargs, student)
         own = result["loss"] if isinstance(result, dict) else result
-        loss = kl if self.weight == 1 else (1 - self.weight) * own + self.weight * kl
+        loss = 0.0 if self.weight == 1 else (1 - self.weight) * own
+        if self.weight:
+            kl = divergence(student, teacher, known, self.temperature)
+            pl_module.log("train/kl", kl, prog_bar=True)
+            loss = loss + self.weight * kl
+        if self.hidden:
+            hidden = sum(hidden_error(s, theirs[n].to(s.device), _rows(known, s)) for n, s in states.items())
+            hidden = hidden / len(states)
+            pl_module.log("train/hidden", hidden, prog_bar=True)
+            loss = loss + self.hidden * hidden
         return {**result, "loss": loss} if isinstance(result, dict) else loss
+
+    def _blocks(self, part: nn.Module) -> list[str]:
+        """Names of the modules whose outputs are compared."""
+        if not self.hidden:
+            return []
+        name, blocks = find_blocks(part)
+        if not blocks:
+            raise ValueError(
+                f"{self.submodule} has no chain of blocks with quantized layers, so there are no hidden states to "
+                "compare: set objective.hidden=0"
+            )
+        assert self.teacher is not None
+        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict(self.teacher.named_modules())
+        if missing := [n for n in names if n not in theirs]:
+            raise ValueError(f"the teacher has no {missing[0]}, so it has no hidden states for it: objective.hidden=0")
+        return names
 
     def _taught(self, args: Any, kwargs: Any) -> Any:
         assert self.teacher is not None
@@ -170,6 +212,27 @@ class Distillation(L.Callback):
             return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
         return self.teacher(*apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved))
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Within, what each of these modules returned last: its first tensor, where it returns several."""
+    found: dict[str, Tensor] = {}
+
+    def kept(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        found[name] = output if isinstance(output, Tensor) else output[0]
+
+    handles = [model.get_submodule(name).register_forward_hook(functools.partial(kept, name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(known: Tensor | None, states: Tensor) -> Tensor | None:
+    """Those rows of the logits that count, where hidden states have the same ones."""
+    return known if known is not None and known.shape == states.shape[:-1] else None
 
 
 def _logits(output: Any, name: str) -> Tensor:

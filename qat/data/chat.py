@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.data import windows
 from qat.data.documents import Document, Split
-from qat.data.language import LanguageData, _first
+from qat.data.language import LanguageData
 from qat.data.windows import IGNORE, Windows
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class ChatData(LanguageData):
                 *(self.name, split, len(documents) - len(rows), len(documents), self.seq_len),
             )
         cut = windows.from_pairs(rows, origin, self.seq_len, self._pad_id)
-        return _first(cut, self.calibration_windows) if split == "calibration" else cut
+        return windows.spread(cut, self.calibration_windows) if split == "calibration" else cut
 
     def encode(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids and shifted labels of a conversation; a label is -100 unless the assistant says that token.

@@ -27,9 +27,10 @@ class LanguageData(ResumableData):
         seq_len: tokens a window.
         batch_size: windows a training batch; held-out batches are as large.
         seed: of the order of the training windows.
-        windows_per_document: held-out windows taken from each document at most, so that a few long
-            documents do not decide the loss.
-        calibration_windows: windows of the calibration split, at most.
+        windows_per_document: windows of validation and test taken from each document at most, so that a few
+            long documents do not decide the loss.
+        calibration_windows: windows of the calibration split, at most: the first of every document, then the
+            second of those that have one, and so on.
         extra: returns more documents for training only; `extra_share` is their share of the windows.
 
     Raises:
@@ -110,8 +111,10 @@ class LanguageData(ResumableData):
         tokens = self._tokenize(documents)
         if split == "train":
             return windows.from_stream(_stream(tokens), self.seq_len)
-        cut = windows.from_documents(tokens, self.seq_len, self._pad_id, self.windows_per_document)
-        return cut if split != "calibration" else _first(cut, self.calibration_windows)
+        if split == "calibration":
+            cut = windows.from_documents(tokens, self.seq_len, self._pad_id, None)
+            return windows.spread(cut, self.calibration_windows)
+        return windows.from_documents(tokens, self.seq_len, self._pad_id, self.windows_per_document)
 
     @property
     def _pad_id(self) -> int:
@@ -160,7 +163,3 @@ class LanguageData(ResumableData):
 
 def _stream(tokens: list[list[int]]) -> torch.Tensor:
     return torch.tensor([i for document in tokens for i in document], dtype=torch.int64)
-
-
-def _first(cut: Windows, most: int) -> Windows:
-    return Windows(cut.input_ids[:most], cut.labels[:most], cut.attention_mask[:most], cut.document[:most])

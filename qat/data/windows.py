@@ -71,6 +71,19 @@ def from_pairs(rows: list[tuple[list[int], list[int]]], origin: list[int], lengt
     return Windows(ids, labels, mask, torch.tensor(origin, dtype=torch.int64))
 
 
+def spread(cut: Windows, most: int) -> Windows:
+    """At most `most` windows, as evenly from all documents as these are long: the first of each, the second of each...
+
+    Args:
+        cut: the windows of a document beside each other, in order.
+        most: how many.
+    """
+    first = torch.searchsorted(cut.document, cut.document)
+    place = torch.arange(len(cut)) - first
+    chosen = place.sort(stable=True).indices[:most]
+    return Windows(cut.input_ids[chosen], cut.labels[chosen], cut.attention_mask[chosen], cut.document[chosen])
+
+
 class ResumableSampler(Sampler[list[int]]):
     """Endless shuffled batches; batch number b is a pure function of (seed, b), so a run resumes anywhere.
 

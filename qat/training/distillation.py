@@ -38,6 +38,33 @@ def divergence(student: Tensor, teacher: Tensor, known: Tensor | None = None, te
     return _Divergence.apply(student.reshape(-1, classes), teacher.reshape(-1, classes), rows.reshape(-1), temperature)
 
 
+def hidden_error(student: Tensor, teacher: Tensor, known: Tensor | None = None) -> Tensor:
+    """||student - teacher||² / ||teacher||² of each row, mean over rows: how far hidden states are from a teacher's.
+
+    Hidden states are compared as in arXiv 1909.10351, eq. 8, but relative to each row's own size: the few tokens that
+    attention parks on have states hundreds of times larger than all others, and would be all that a plain mean sees.
+
+    Args:
+        student: (..., features), floating; gradients flow into it.
+        teacher: the same shape, any floating dtype.
+        known: (...), bool; rows that count.  All by default.
+
+    Returns:
+        A scalar, float32; 0 where no row counts.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student has hidden states {tuple(student.shape)} and the teacher {tuple(teacher.shape)}: comparing "
+            "them needs a teacher of the same width (objective.hidden=0 compares logits alone)"
+        )
+    target = teacher.float()
+    error = (student.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
+    return error.mean() if known is None else (error * known).sum() / known.sum().clamp(min=1)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, known: Tensor, temperature: float) -> Tensor:

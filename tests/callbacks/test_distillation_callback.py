@@ -14,7 +14,7 @@ from qat.callbacks import Distillation
 from qat.callbacks.distillation import _known
 from qat.fake_quantizer import Stage
 from qat.insertion import set_stage
-from qat.training import divergence
+from qat.training import divergence, hidden_error
 
 LOADERS = digits()
 
@@ -126,6 +126,62 @@ def test_the_module_is_itself_again_after_the_fit():
     assert not module.network._forward_hooks
 
 
+class Blocks(Classifier):
+    """Its network is a chain of blocks and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = Chain()
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class BlocksByHand(Blocks):
+    """What hidden=2 adds, written into the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.taught = [copy.deepcopy(self.network)]
+
+    def training_step(self, batch, batch_idx):
+        student, teacher, total = batch[0], batch[0], 0.0
+        for ours, theirs in zip(self.network.blocks, self.taught[0].blocks, strict=True):
+            student = ours(student)
+            with torch.no_grad():
+                teacher = theirs(teacher)
+            total = total + hidden_error(student, teacher)
+        with torch.no_grad():
+            teacher = self.taught[0].head(teacher)
+        return divergence(self.network.head(student), teacher) + 2 * (total / 2)
+
+
+def test_hidden_states_join_the_loss_as_if_they_were_written_into_it():
+    int4_but_head = int4(ignore=("*head",))
+    ours = fitted(distillation(hidden=2.0), int4_but_head, module=Blocks())
+    assert_same_weights(ours, fitted(int4(ignore=("*head",)), module=BlocksByHand()))
+    plain = fitted(distillation(), int4(ignore=("*head",)), module=Blocks())
+    assert not torch.equal(ours.network.head.weight, plain.network.head.weight)
+    assert not any(m._forward_hooks for m in ours.modules())
+
+
+def test_hidden_states_may_join_the_modules_own_loss():
+    both = fitted(distillation(0.0, hidden=1.0), int4(ignore=("*head",)), module=Blocks())
+    own = fitted(int4(ignore=("*head",)), module=Blocks())
+    assert not torch.equal(both.network.blocks[0][0].weight, own.network.blocks[0][0].weight)
+    assert not torch.equal(both.network.head.weight, Blocks().network.head.weight)  # which hidden states say nothing of
+
+
 def test_rows_without_a_label_and_padding_do_not_count():
     logits, labels = torch.zeros(2, 3, 5), torch.tensor([[1, -100, 2], [-100, -100, 4]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -167,16 +223,19 @@ def test_what_cannot_be_distilled_is_refused_with_the_remedy():
     assert "until step 3 the model is its own teacher" in refused(distillation(), int4(start_step=3))
     assert "an object with logits" in refused(distillation(teacher=nn.Sequential(nn.Linear(64, 10), Odd())), int4())
     assert "same vocabulary" in refused(distillation(teacher=nn.Linear(64, 9)), int4())
+    assert "no chain of blocks" in refused(distillation(hidden=1.0), int4())
+    other = distillation(hidden=1.0, teacher=nn.Linear(64, 10))
+    assert "the teacher has no blocks.0" in refused(other, int4(ignore=("*head",)), module=Blocks())
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}, {"temperature": float("inf")}, {"submodule": ""},
-     {"dtype": "float31"}],
+     {"dtype": "float31"}, {"hidden": -1.0}],
     ids=str,
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match="distillation"):
+    with pytest.raises(ValueError, match=r"distillation|hidden states"):
         Distillation(**settings)
 
 

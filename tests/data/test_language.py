@@ -70,8 +70,16 @@ def test_training_windows_are_one_stream(data):
     assert torch.equal(cut.input_ids.flatten()[1:], cut.labels.flatten()[:-1])
 
 
-def test_calibration_takes_so_many_windows_at_most(data):
-    assert len(data(calibration_windows=3).split("calibration")) == 3
+def test_calibration_has_as_many_windows_as_were_asked_for_the_first_of_each_document_before_the_second(data):
+    """However few of a document validation and test may have: no figure is an average over calibration documents."""
+    every = data(calibration_windows=1000, windows_per_document=1).split("calibration")
+    length = every.document.bincount()
+    assert len(length) == 5 and length.min() > 2
+    for most in (3, 7):
+        cut = data(calibration_windows=most, windows_per_document=1).split("calibration")
+        assert cut.document.tolist() == [0, 1, 2, 3, 4, 0, 1][:most]
+        assert torch.equal(cut.input_ids, every.input_ids[:most])
+    assert length[every.document[-1]] == length.max()  # only the longest have windows left at the end
 
 
 def test_held_out_loaders_serve_their_split_in_order(data):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qat.training import distillation, divergence
+from qat.training import distillation, divergence, hidden_error
 
 
 def logits(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -94,3 +94,17 @@ def test_a_large_vocabulary_never_exists_in_float32_as_a_whole(monkeypatch):
 def test_a_teacher_with_other_classes_is_refused():
     with pytest.raises(ValueError, match=r"student has logits \(6, 11\) and the teacher \(6, 12\).*same vocabulary"):
         divergence(logits(6, 11), logits(6, 12))
+
+
+def test_hidden_states_are_compared_row_by_row_whatever_their_size():
+    """A row a thousand times larger counts like any other, and unknown rows not at all."""
+    teacher = torch.tensor([[3.0, 4.0], [3000.0, 4000.0], [1.0, 0.0]])
+    student = (teacher + torch.tensor([[0.0, 5.0], [0.0, 2500.0], [9.0, 9.0]])).requires_grad_()
+    error = hidden_error(student, teacher, torch.tensor([True, True, False]))
+    error.backward()
+    assert error == (1.0 + 0.25) / 2
+    # d/ds of ||s - t||^2 / ||t||^2, halved by the mean over two rows
+    torch.testing.assert_close(student.grad, torch.tensor([[0.0, 0.2], [0.0, 1e-4], [0.0, 0.0]]))
+    assert hidden_error(teacher, teacher) == 0
+    with pytest.raises(ValueError, match="same width"):
+        hidden_error(teacher, teacher[:, :1])

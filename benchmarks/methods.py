@@ -1,0 +1,350 @@
+"""What each training method is worth: one factor at a time from the default recipe, at four schemes, in one table.
+
+    python benchmarks/methods.py                                    # all of it; hours on two cores, resumable
+    python benchmarks/methods.py --schemes w2-g64 --levers default "next token"
+    python benchmarks/methods.py --seeds 0 1 2 --levers default torchao "torchao, distilled"
+
+Every run trains the same float model on the same batches for as many steps, with 4 windows a step to be affordable; the
+recipe itself, which has 16, is the lever "16 windows a step".  The learning rates of the default, of
+torchao's QAT and of what has a grid of its own are chosen on the validation split with the first seed; other levers
+train at the default's rate.  Figures are losses on the test split, in millinats per token, with 95 % intervals over
+documents, paired.  Recovery over control is (PTQ(control) - method) / (PTQ(control) - control): the control is the
+float model fine-tuned for as many steps at the best of its own rates, and its PTQ the better one of GPTQ and AWQ before
+GPTQ on the validation split.  `outliers` is the outlier twin of `calibration.py`.
+
+ModelOpt installs beside (`pip install nvidia-modelopt`); without it, leave its levers out by --levers.  Each run has a
+process of its own, and every finished run is kept in the JSON file with all that it was run with, so an interrupted
+benchmark goes on where it was.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import resource
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from calibration import INT8_INPUT, MODELS, SCHEMES, isolated, outlier_twin
+from rich.console import Console
+from rich.table import Table
+
+from qat.calibration import AWQ, CALIBRATIONS, GPTQ, Calibration, Rotation
+from qat.callbacks import Distillation, LoRA, Oscillation, QuantizationAwareTraining, ScalesOnly
+from qat.callbacks.control import measure_control, weights_digest
+from qat.callbacks.measure import Measure
+from qat.data.documents import python_stdlib
+from qat.data.language import LanguageData
+from qat.estimators import DSQ, LSQ, STE
+from qat.evaluation import DocumentLosses, difference
+from qat.evaluation.intervals import recovered
+from qat.scheme import uniform
+from qat.tasks.causal_lm import CausalLM
+from qat.tasks.models import load
+
+TRAINED = ("w4-g128", "w3-g128", "w2-g64", "w4a8-g128")
+WINDOWS = 12  # of each held-out document: differences are a thousandth of the loss
+ESTIMATORS = {
+    "lsq": LSQ(),
+    "lsq, log2": LSQ(relative=True),
+    "dsq": DSQ(),
+    "ste": STE(),
+    "ste, absmax": STE(follow="absmax"),
+}
+STARTS: dict[str, Calibration] = {
+    **CALIBRATIONS,
+    "awq": AWQ(),
+    "awq, gptq": AWQ("awq, gptq", then=GPTQ()),
+    "rotation, gptq": Rotation("rotation, gptq"),
+}
+GRID = (1e-4, 3e-4, 1e-3)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One way to train: what differs from the default recipe.
+
+    Attributes:
+        grid: learning rates to choose from; empty for the one that the default chose.
+    """
+
+    method: str = "qat"
+    calibration: str = "gptq"
+    estimator: str = "lsq"
+    distillation: float = 1.0
+    temperature: float = 1.0
+    scale_lr: float | None = None
+    trainable: str = "all"
+    damping: float = 0.0
+    freezing: float | None = None
+    hidden: float = 0.0
+    steps: int = 120
+    batch: int = 4
+    grid: tuple[float, ...] = field(default=())
+
+
+DEFAULT = Lever(grid=GRID)
+LEVERS = {
+    "default": DEFAULT,
+    "torchao": Lever("torchao", distillation=0.0, grid=GRID),
+    "torchao, distilled": Lever("torchao", grid=GRID),
+    "ModelOpt": Lever("modelopt", distillation=0.0, grid=GRID),
+    "ModelOpt, distilled": Lever("modelopt", grid=GRID),
+    "next token": Lever(distillation=0.0),
+    "from weighted MSE": Lever(calibration="weighted_mse"),
+    "from AWQ": Lever(calibration="awq"),
+    "from AWQ, then GPTQ": Lever(calibration="awq, gptq"),
+    "from rotation, then GPTQ": Lever(calibration="rotation, gptq"),
+    "LSQ, log2 of scales": Lever(estimator="lsq, log2"),
+    "DSQ": Lever(estimator="dsq"),
+    "STE, calibrated scales": Lever(estimator="ste"),
+    "STE, absmax each step": Lever(estimator="ste, absmax"),
+    "scale rate 1e-3": Lever(scale_lr=1e-3),
+    "scale rate 1e-5": Lever(scale_lr=1e-5),
+    "damping 1e-2": Lever(damping=1e-2),
+    "freezing 0.02": Lever(freezing=0.02),
+    "temperature 2": Lever(temperature=2.0),
+    "LoRA, rank 16": Lever(trainable="lora", grid=(1e-3, 3e-3)),
+    "scales only": Lever(trainable="scales", grid=(1e-4, 3e-4, 1e-3)),  # the rate is the scales'
+    "hidden states 1": Lever(hidden=1.0),
+    "next token, hidden states 1": Lever(distillation=0.0, hidden=1.0),
+    "480 steps": Lever(steps=480),
+    "16 windows a step": Lever(batch=16),
+}
+CONTROL_GRID = (3e-5, 1e-4, 3e-4)
+
+
+class TorchaoQAT(L.Callback):
+    """torchao's fake quantization of the same layers, by its own API and defaults."""
+
+    def __init__(self, scheme: str):
+        self.weight, self.inputs = SCHEMES[scheme]
+
+    def setup(self, trainer, pl_module, stage):
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        dtype = getattr(torch, f"int{self.weight.bits}")
+        weight = IntxFakeQuantizeConfig(dtype, group_size=self.weight.group_size)
+        inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if self.inputs else None
+        chosen = lambda m, name: isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")  # noqa: E731
+        config = QATConfig(weight_config=weight, activation_config=inputs, step="prepare")
+        quantize_(pl_module.model, config, filter_fn=chosen)
+
+
+class ModelOptQAT(L.Callback):
+    """NVIDIA ModelOpt's fake quantization of the same layers: its own API, amax from its `max` calibration."""
+
+    def __init__(self, scheme: str):
+        self.weight, self.inputs = SCHEMES[scheme]
+
+    def setup(self, trainer, pl_module, stage):
+        import modelopt.torch.quantization as mtq
+
+        weight = {"num_bits": self.weight.bits, "block_sizes": {-1: self.weight.group_size}, "enable": True}
+        token = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None, "type": "dynamic"}, "enable": True}
+        rules = {
+            "*weight_quantizer": weight,
+            "*input_quantizer": token if self.inputs else {"enable": False},
+            "*lm_head*": {"enable": False},
+            "*output_quantizer": {"enable": False},
+            "*bmm_quantizer": {"enable": False},
+        }
+        mtq.quantize(pl_module.model, {"quant_cfg": rules, "algorithm": "max"})
+
+
+PEERS = {"torchao": TorchaoQAT, "modelopt": ModelOptQAT}
+
+
+def float_model(kind: str) -> torch.nn.Module:
+    model, _ = load("stdlib_llama")
+    return outlier_twin(model) if kind == "outliers" else model
+
+
+def quantization(scheme: str, lever: Lever, lr: float) -> QuantizationAwareTraining:
+    weight, inputs = SCHEMES[scheme]
+    scales = lever.trainable == "scales"
+    return QuantizationAwareTraining(
+        uniform(weight, inputs, ignore=("*lm_head",)),
+        calibration=STARTS[lever.calibration],
+        estimator=ESTIMATORS[lever.estimator],
+        scale_lr=lr if scales else lever.scale_lr,
+        freeze_share=0.0 if scales else 0.1,
+        submodule="model",
+        untie=lever.calibration.startswith("rotation"),
+    )
+
+
+def language(seed: int, batch: int) -> LanguageData:
+    data = LanguageData(python_stdlib, "python_stdlib", seed=seed, batch_size=batch, windows_per_document=WINDOWS)
+    data.tokenizer = load("stdlib_llama")[1]
+    return data
+
+
+def trainer(steps: int, callbacks: Iterable[L.Callback]) -> L.Trainer:
+    return L.Trainer(
+        max_steps=steps, max_epochs=1, gradient_clip_val=1.0, callbacks=list(callbacks), logger=False,
+        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def plain(measured: dict[str, DocumentLosses]) -> dict[str, dict[str, list[float]]]:
+    """As JSON has it."""
+    return {split: {k: getattr(m, k).tolist() for k in ("nll", "correct", "tokens")} for split, m in measured.items()}
+
+
+def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int) -> dict[str, Any]:
+    """Losses by document on both held-out splits after one training, its seconds, and by how much memory rose."""
+    L.seed_everything(seed, verbose=False)
+    task = CausalLM(float_model(kind), lr=lr, weight_decay=0.0)
+    data = language(seed, lever.batch)
+    ours: Any = quantization(scheme, lever, lr) if lever.method == "qat" else None
+    callbacks: list[L.Callback] = [Distillation(lever.distillation, lever.temperature, hidden=lever.hidden)]
+    if lever.method in PEERS:
+        callbacks.append(PEERS[lever.method](scheme))
+    else:
+        learn = {"all": [], "lora": [LoRA(r=16)], "scales": [ScalesOnly()]}[lever.trainable]
+        callbacks += [ours, *learn, Oscillation(lever.damping, lever.freezing)]
+    run = trainer(lever.steps, callbacks)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    run.fit(task, data)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run.datamodule = data
+    found = {"losses": plain(Measure(run, task, ours)("trained"))}
+    return found | {"seconds": round(seconds, 1), "memory_mb": round((after - before) / 1024, 1)}
+
+
+def control(kind: str, scheme: str | None, lr: float, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    """Losses of the control, or of its PTQ at `scheme`."""
+    L.seed_everything(seed, verbose=False)
+    task, data = CausalLM(float_model(kind), lr=lr, weight_decay=0.0), language(seed, batch)
+    run = trainer(steps, [])
+    run.fit(task, data)
+    run.datamodule = data
+    callback: Any = None if scheme is None else quantization(scheme, DEFAULT, lr)
+    if callback is None:
+        return {"losses": plain(Measure(run, task, callback)("control"))}
+    measured = measure_control(task, run, callback, [CALIBRATIONS["gptq"], STARTS["awq, gptq"]])
+    return {"losses": plain(measured.ptq), "calibration": measured.calibration}
+
+
+class Runs:
+    """Finished runs by what they were, in a JSON file; what is not there is run."""
+
+    def __init__(self, path: Path, threads: int, console: Console):
+        self.path, self.threads, self.console = path, threads, console
+        model = weights_digest(load("stdlib_llama")[0])
+        self.state = json.loads(path.read_text()) if path.exists() else {"model": model, "runs": {}}
+        if self.state["model"] != model:
+            raise SystemExit(f"{path} holds runs of another float model: move it away, or choose another --json")
+
+    def __call__(self, function: Any, name: str, facts: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        runs = self.state["runs"]
+        facts = json.loads(json.dumps(facts))  # lists, where the file has them
+        if name in runs and runs[name]["facts"] != facts:
+            raise SystemExit(f"{name!r} in {self.path} was run with other settings: {runs[name]['facts']}, now {facts}")
+        if name not in runs:
+            start = time.perf_counter()
+            found = isolated(function, self.threads, *arguments)
+            found["all_seconds"] = round(time.perf_counter() - start, 1)
+            runs[name] = {"facts": facts, "threads": self.threads, "torch": torch.__version__, **found}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.state) + "\n")
+            os.replace(temporary, self.path)
+        loss = {split: losses(runs[name], split).loss for split in ("validation", "test")}
+        self.console.print(
+            f"{name}, {runs[name]['all_seconds']} s: validation {loss['validation']:.5f}, test {loss['test']:.5f}"
+        )
+        return runs[name]
+
+    def lever(self, kind: str, scheme: str, name: str, lr: float, seed: int) -> dict[str, Any]:
+        lever = LEVERS[name]
+        facts = {k: v for k, v in asdict(lever).items() if k != "grid"}
+        title = f"{kind} {scheme} {name} lr={lr:g} seed={seed}"
+        return self(trained, title, facts, kind, scheme, replace(lever, grid=()), lr, seed)
+
+    def best_rate(self, kind: str, scheme: str, name: str, seed: int) -> float:
+        """Of the lever's grid, or of the default's, on the validation split."""
+        grid = LEVERS[name].grid
+        if not grid:
+            return self.best_rate(kind, scheme, "default", seed)
+        tried = {lr: losses(self.lever(kind, scheme, name, lr, seed), "validation").loss for lr in grid}
+        return min(tried, key=tried.__getitem__)
+
+    def control(self, kind: str, name: str, scheme: str | None, seed: int, first: int) -> dict[str, Any]:
+        """The lever's control, or its PTQ at `scheme`, with the best of its rates for seed `first`."""
+        lever = LEVERS[name]
+
+        def run(scheme: str | None, lr: float, seed: int) -> dict[str, Any]:
+            title = f"{kind} control{', ' + scheme if scheme else ''} lr={lr:g} seed={seed} "
+            title += f"{lever.steps} steps of {lever.batch}"
+            return self(control, title, {}, kind, scheme, lr, seed, lever.steps, lever.batch)
+
+        tried = {lr: losses(run(None, lr, first), "validation").loss for lr in CONTROL_GRID}
+        return run(scheme, min(tried, key=tried.__getitem__), seed)
+
+
+def losses(run: dict[str, Any], split: str = "test") -> DocumentLosses:
+    return DocumentLosses(**{k: np.asarray(v) for k, v in run["losses"][split].items()})
+
+
+def row(name: str, runs: Runs, kind: str, scheme: str, seeds: list[int]) -> list[str]:
+    """One line of the table: means over seeds; intervals over documents, of all seeds together."""
+    first = seeds[0]
+    lr = runs.best_rate(kind, scheme, name, first)
+    default = runs.best_rate(kind, scheme, "default", first)
+    own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
+    here = pooled(losses(r) for r in own)
+    best = pooled(losses(runs.control(kind, name, None, s, first)) for s in seeds)
+    worst = pooled(losses(runs.control(kind, name, scheme, s, first)) for s in seeds)
+    against = pooled(losses(runs.lever(kind, scheme, "default", default, s)) for s in seeds)
+    share, gap = recovered(worst, here, best), difference(here, against)
+    cells = [name, f"{lr:g}", f"{1e3 * difference(here, best).value:+.1f}"]
+    cells.append(share.reason or f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+    cells.append("" if name == "default" else f"{1e3 * gap.value:+.1f} [{1e3 * gap.low:+.1f}, {1e3 * gap.high:+.1f}]")
+    return [*cells, f"{np.mean([r['seconds'] for r in own]):.0f}", f"{np.mean([r['memory_mb'] for r in own]):.0f}"]
+
+
+def pooled(found: Iterable[DocumentLosses]) -> DocumentLosses:
+    """One document's sums over all seeds."""
+    every = list(found)
+    return DocumentLosses(*(sum(getattr(m, k) for m in every) for k in ("nll", "correct", "tokens")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["plain"], choices=MODELS)
+    parser.add_argument("--schemes", nargs="+", default=list(TRAINED), choices=TRAINED)
+    parser.add_argument("--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), metavar="LEVER")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses the learning rates")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    arguments = parser.parse_args()
+    peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
+    for missing in [m for m in peers if importlib.util.find_spec(m) is None]:
+        parser.error(f"{missing} is not installed here: leave its levers out with --levers")
+    torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
+    console = Console(width=160)
+    runs = Runs(arguments.json, arguments.threads, console)
+    for kind, scheme in itertools.product(arguments.models, arguments.schemes):
+        title = f"{kind}, {scheme}: test loss above the control's, millinats per token; seeds {arguments.seeds}"
+        table = Table(title=title)
+        for column in ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB"):
+            table.add_column(column, justify="left" if column == "lever" else "right")
+        for name in arguments.levers:
+            if "rotation" in name and SCHEMES[scheme][1] is not INT8_INPUT:
+                continue  # it serves activations
+            table.add_row(*row(name, runs, kind, scheme, arguments.seeds))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

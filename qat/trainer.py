@@ -1,0 +1,48 @@
+"""The trainer that every stage of a run uses: checkpoints, guards, and how a stopped run goes on."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from qat.callbacks import NaNGuard, RandomState, SafeExit
+
+
+def build_trainer(
+    cfg: DictConfig, out: Path, checkpoints: Path, callbacks: list[L.Callback], **settings: Any
+) -> L.Trainer:
+    """The trainer of `cfg.trainer` with `callbacks` and, after them, the guards of every run.
+
+    Args:
+        cfg: composed.
+        out: the run's folder.
+        checkpoints: where its checkpoints go, the last one only.
+        settings: arguments of `lightning.Trainer` that replace those of the config.
+    """
+    every = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="last",
+        every_n_train_steps=cfg.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    trainer = cfg.trainer
+    # The data is endless; told where the run ends, the progress bar knows what is left.
+    settings = {"limit_train_batches": trainer.max_steps * trainer.accumulate_grad_batches, **settings}
+    guards = [RandomState(cfg.seed), NaNGuard(), SafeExit(checkpoints / "last.ckpt", resume_command(out)), every]
+    # Partial: given as overrides, the objects would pass through OmegaConf, which takes a DummyLogger for a type.
+    build = instantiate(trainer, _partial_=True)
+    return build(callbacks=[*callbacks, *guards], default_root_dir=str(out), **settings)
+
+
+def resume_command(out: Path) -> str:
+    """What goes on with the run in `out`, for a shell."""
+    words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
+    program = ["qat", "train"] if sys.argv[0] == "qat train" else ["python", sys.argv[0]]
+    return shlex.join([*program, *words, f"hydra.run.dir={out}", "resume=true"])
