@@ -40,6 +40,7 @@ from qat.nn import FakeQuantLayer
 log = logging.getLogger(__name__)
 
 WARM_UP = 0.2  # share of the steps before rounding is made to harden
+TINY = 1e-30  # the least error that losses are divided by
 
 
 class _Example(NamedTuple):
@@ -172,6 +173,8 @@ class Reconstruction:
         examples = _examples(block, run, targets or [])
         weights = {name: layer.matrix.detach().clone() for name, layer in layers(block).items() if layer.multiplies}
         self.first(block, run)
+        if self.learn == "rounding":
+            _harden(block)  # at once, where a dtype cannot hold the grid
         training = block.training
         block.eval()
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -185,6 +188,7 @@ class Reconstruction:
             after = _error(block, examples)
             if not after <= before:
                 block.load_state_dict(start)
+            _harden(block)
             log.info("%s: error %.4g, %s %.4g", self.name, before, "kept, not" if after > before else "then", after)
         except ValueError:
             block.load_state_dict(start)
@@ -217,7 +221,7 @@ class Reconstruction:
                 weight = torch.empty_like(layer.weight, requires_grad=False)
                 layer.as_matrix(weight).copy_(matrix)
                 quantized[f"{name}.weight" if name else "weight"] = weight
-            loss = _loss(block, order[step], step, quantized) / max(before, _TINY)
+            loss = _loss(block, order[step], step, quantized) / max(before, TINY)
             done = step / self.steps
             if done >= WARM_UP:
                 beta = 20 - 18 * (done - WARM_UP) / (1 - WARM_UP)
@@ -247,7 +251,7 @@ class Reconstruction:
         order = self._order(examples)
         try:
             for step in steps(self.steps, "weights"):
-                (_loss(block, order[step], step) / max(before, _TINY)).backward()
+                (_loss(block, order[step], step) / max(before, TINY)).backward()
                 optimizer.step()
                 falling.step()
                 optimizer.zero_grad()
@@ -258,13 +262,8 @@ class Reconstruction:
             optimizer.zero_grad()
             for parameter, flag in zip(parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
-        for layer in treated:
-            matrix, quantizer = layer.matrix.detach(), layer.weight_quantizer
-            quantizer.set_scale(quantizer.weight_scale(matrix))  # that of the last forward: an estimator may follow
-            write_back(layer, quantize(matrix, _scale(layer), layer.scheme.weight))
-
-
-_TINY = 1e-30  # a block without error divides by this and stays as it is
+        for layer in treated:  # what forward would quantize with: an estimator may follow the weights
+            layer.weight_quantizer.set_scale(layer.weight_quantizer.weight_scale(layer.matrix.detach()))
 
 
 def _scale(layer: FakeQuantLayer) -> Tensor:
@@ -272,6 +271,15 @@ def _scale(layer: FakeQuantLayer) -> Tensor:
     quantizer = layer.weight_quantizer
     assert quantizer.scale is not None
     return store_scale(quantizer.scale.detach(), quantizer.spec).expand(layer.matrix.shape[0], -1)
+
+
+def _harden(block: nn.Module) -> None:
+    """Round all quantized weights to their grids, in place."""
+    for name, layer in layers(block).items():
+        try:
+            write_back(layer, quantize(layer.matrix.detach(), _scale(layer), layer.scheme.weight))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
 
 
 def _examples(block: nn.Module, run: Run, targets: list[Tensor]) -> list[_Example]:

@@ -183,6 +183,24 @@ def test_a_rate_that_blows_up_leaves_the_block_as_it_started(tiny_llama):
     assert same(model.model.layers[0], rounded.model.layers[0])
 
 
+@BOTH
+def test_a_block_that_learns_nothing_ends_on_the_grid_of_what_came_first(tiny_llama, learn):
+    model, rounded = inserted(tiny_llama()), inserted(tiny_llama())
+    MSE(rounded, runner(rounded))
+    set_stage(rounded, Stage.FROZEN)
+    method(learn, steps=1, lr=1e3)(model, runner(model))
+    assert torch.equal(logits(model), logits(rounded))
+
+
+def test_a_dtype_that_cannot_hold_the_grid_is_named_before_anything_learns(tiny_llama, monkeypatch):
+    model = inserted(tiny_llama(torch.float16))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-5)
+    monkeypatch.setattr(Reconstruction, "_learn_rounding", None)
+    with pytest.raises(ValueError, match=r"model\.layers\.0: layer mlp\.up_proj: float16 weights cannot hold"):
+        method("rounding")(model, runner(model))
+
+
 def test_activations_stay_quantized_while_a_block_learns(tiny_llama, scheme):
     model, seen = inserted(tiny_llama(), scheme("w4a8-g32")), []
     quantizer = next(iter(layers(model).values())).input_quantizer
