@@ -13,6 +13,7 @@ _PUBLIC = {
     "QuantSpec": "qat.scheme",
     "SchemeMap": "qat.scheme",
     "uniform": "qat.scheme",
+    "at_width": "qat.insertion",
     "insert": "qat.insertion",
     "layers": "qat.insertion",
     "remove": "qat.insertion",

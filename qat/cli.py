@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand runs, so that `qat --help` answers
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -140,7 +141,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
-    """A packed model where the folder's config says that it is quantized, else a float one; `text`: it reads some."""
+    """A packed model where the folder says that something is quantized, else a float one; `text`: it reads some."""
     if not (directory / "config.json").is_file():
         what = "has no config.json" if directory.is_dir() else "is no folder"
         raise ValueError(f"{directory} {what}: give an exported folder (RUN/export) or a Hugging Face model folder")
@@ -160,12 +161,13 @@ def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
 
 
 def _is_packed(directory: Path) -> bool:
-    import json
-
-    try:
-        return "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON ({error}): export the model again") from error
+    described: dict[str, Any] = {}
+    for path in filter(Path.is_file, (directory / "qat.json", directory / "config.json")):
+        try:
+            described |= json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): export the model again") from error
+    return "quantization_config" in described or described.get("kv_cache") is not None
 
 
 def _add_bench(commands: Any) -> None:
@@ -323,7 +325,8 @@ def _inspect(args: argparse.Namespace) -> None:
     rows = _layers(model, whole, args.against)
     packed = {row["name"] for row in rows}
     rest = _bytes(tensor for name, tensor in model.named_parameters() if name.rpartition(".")[0] not in packed)
-    Console().print(layers_table(rows, rest))
+    cache = next((module.kv_cache.extra_repr() for module in model.modules() if hasattr(module, "kv_cache")), None)
+    Console().print(layers_table(rows, rest, cache))
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
@@ -376,8 +379,6 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    import json
-
     from rich.console import Console
 
     from qat.report.summary import find_runs, read_summary

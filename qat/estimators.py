@@ -11,6 +11,9 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
         dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
     PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
+Where codes are the high bits of wider ones (`QuantSpec.at`), s is step times the stored scale: dx is that of an
+ordinary quantizer of this width, straight through both roundings, and that of the stored scale is step * ds.
+
 All of them end in codes and a scale, which is what artifacts hold.  Not here, because no artifact could hold what they
 train: learned zero points (LSQ+, arXiv 2004.09576) and levels between the integers (stretched elastic quantization,
 arXiv 2502.02631).
@@ -58,7 +61,7 @@ class Estimator(Protocol):
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of x (..., in) and, if needed, of the scale (..., groups), given that of fq(x)."""
+        """Gradients of x (..., in) and, if needed, of the stored scale (..., groups), given that of fq(x)."""
         ...
 
 
@@ -112,7 +115,8 @@ class LSQ(Estimator):
 
     Attributes:
         scale_gradient: multiplies the scale's gradient by 1 / sqrt(n * qmax), n being the values that
-            share a scale (section 2.2 of the paper, per group and not per tensor).
+            share a scale (section 2.2 of the paper, per group and not per tensor).  Nested widths share their parent's
+            qmax: with one factor for all, what the scale follows is the gradient of the sum of their losses.
         relative: learn log2 |scale| (arXiv 1903.08066, section 3): a step of the optimizer moves small and large
             scales by the same factor, and never changes a sign.  What is stored is the scale all the same.
     """
@@ -152,8 +156,8 @@ class LSQ(Estimator):
 
     def _as_learned(self, grad_scale: Tensor, count: int, scale: Tensor, spec: QuantSpec) -> Tensor:
         if self.scale_gradient:
-            grad_scale /= (count // max(scale.numel(), 1) * spec.qmax) ** 0.5
-        return grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale
+            grad_scale /= (count // max(scale.numel(), 1) * spec.parent.qmax) ** 0.5
+        return grad_scale.mul_(scale).mul_(math.log(2)) if self.relative else grad_scale.mul_(spec.step)
 
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         """The slope of the function that stands in for quantization; 0 where not `inside`."""
@@ -193,6 +197,11 @@ class DSQ(LSQ):
     def at(self, progress: float) -> "DSQ":
         return replace(self, progress=progress)
 
+    def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.element == "float":
+            return "DSQ's staircase has even steps, and FP8's are not: use estimator=lsq, or kv_cache=int8"
+        return None
+
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         k = self.sharpness
         offset = ratio.frac().abs_().sub_(0.5)  # from the middle between two codes; its sign does not matter
@@ -213,6 +222,8 @@ class PACT(Estimator):
     def refusal(self, spec: QuantSpec) -> str | None:
         if spec.granularity != "tensor" or spec.dynamic:
             return f"PACT learns where to clip static activations, and a scale for each {spec.granularity} is not that"
+        if spec.nested:
+            return f"PACT learns one level to clip at, and {list(spec.widths)} bits clip at one each: use estimator=lsq"
         return None
 
     def backward(

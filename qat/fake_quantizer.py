@@ -61,6 +61,7 @@ class FakeQuantizer(nn.Module):
 
     State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one;
     `stage`, a uint8 buffer, so that a checkpoint carries it; `packed` (out, words) int32, once codes are held.
+    `spec` is in no checkpoint: that of the width at which forward quantizes now, one of those that `full` nests.
 
     Args:
         spec: how the tensor is quantized.
@@ -77,7 +78,8 @@ class FakeQuantizer(nn.Module):
         self, spec: QuantSpec, scale_shape: tuple[int, ...], estimator: Estimator, device: torch.device | None = None
     ):
         super().__init__()
-        self.spec, self.estimator = spec, estimator
+        self.full = self.spec = spec
+        self.estimator = estimator
         self.observer: MinMax | None = None
         self.recorder: Callable[[Tensor, Tensor, Tensor], None] | None = None
         scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
@@ -126,28 +128,38 @@ class FakeQuantizer(nn.Module):
         self.scale.copy_(scale)
 
     def weight_scale(self, weight: Tensor, every: int = 1) -> Tensor:
-        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as stored.
+        """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as an artifact stores it.
 
         With `every`, the same for weight[::every]; a tensor's only scale serves any rows.
         """
         assert self.scale is not None
         stored = self.scale.detach()[::every]
         if self._current == Stage.FROZEN:
-            return store_scale(stored, self.spec)
-        return self.estimator.scale(weight, stored, self.spec)
+            scale = store_scale(stored, self.full)
+        else:
+            scale = self.estimator.scale(weight, stored, self.full)
+        return scale if self.spec.step == 1 else scale * self.spec.step
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Values of real tokens that share a scale, (scales, n)."""
+        return unmasked(x).reshape(1, -1)
+
+    def dynamic_scale(self, x: Tensor) -> Tensor:
+        """The scale of each token, (..., 1) float32."""
+        return dynamic_scale(x, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
         if self._current == Stage.OBSERVE and self.observer is not None:
-            tokens = unmasked(x)
-            if len(tokens):
-                self.observer.observe(tokens.reshape(1, -1))
+            rows = self.rows(x)
+            if rows.numel():
+                self.observer.observe(rows)
         if not self.active:
             return x
         if self.scale is None:
-            scale = dynamic_scale(x, self.spec)
+            scale = self.dynamic_scale(x)
             return FakeQuantize.apply(x, scale, scale, self.spec, self.estimator)
-        # One scale for the tensor; the last dimension is its only group.
+        # One scale for the tensor, or one for each head; the last dimension is its only group.
         stored = self.scale.expand(*x.shape[:-1], 1)
         scale = store_scale(stored.detach(), self.spec)
         return FakeQuantize.apply(x, stored, scale, self.spec, self.estimator)
@@ -173,4 +185,5 @@ class FakeQuantizer(nn.Module):
             self.set_stage(Stage(int(self.stage)))
 
     def extra_repr(self) -> str:
-        return f"int{self.spec.bits}, {self.spec.granularity}, {self._current.name.lower()}"
+        widths = ".".join(map(str, self.full.widths))
+        return f"{self.spec.element}{widths}, {self.spec.granularity}, {self._current.name.lower()}"

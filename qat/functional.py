@@ -56,29 +56,45 @@ def grouped(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of x: clamp(round(x / scale), qmin, qmax).
+    """Codes of x: clamp(round(x / scale), qmin, qmax); of floats, the nearest e4m3 number to clamp(x / scale).
 
     Args:
         x: (..., in), floating.
         scale: (..., groups), float32, not zero, as `store_scale` returns it.
 
     Returns:
-        (..., in), float32 holding integers in [qmin, qmax].
+        (..., in), float32 holding integers, or e4m3 numbers, in [qmin, qmax]: `code_dtype` holds them exactly.
     """
     view, divisor = grouped(x.float(), scale)
     return round_clamp(view / divisor, spec).flatten(-2)
 
 
 def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
-    """The codes of x / scale, float32; overwrites `ratio`, any shape."""
+    """The codes of x / scale, float32; overwrites `ratio`, any shape.
+
+    Floats saturate: they are clamped to the largest finite value, as servers' kernels do, and then rounded half to even
+    by torch's cast, which would turn what is too large into NaN.
+
+    Codes that are the high bits of wider ones are rounded from those, not from x (arXiv 2502.06786, eq. 6, with signed
+    codes): clamp(round(code / step), qmin, qmax).  A step is a power of two, so nothing but that is rounded.
+    """
+    if spec.element == "float":
+        return ratio.copy_(ratio.clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn))
+    if spec.sliced_from is not None:
+        ratio = round_clamp(ratio.mul_(spec.step), spec.parent).div_(spec.step)
     return ratio.round_().clamp_(spec.qmin, spec.qmax)
+
+
+def code_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype of one byte that holds every code of `spec` exactly."""
+    return torch.float8_e4m3fn if spec.element == "float" else torch.int8
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """codes * scale, in float32; exact for every supported width and 16-bit scale.
 
     Args:
-        codes: (..., in), integers in any dtype.
+        codes: (..., in), integers in any dtype, or e4m3 numbers.
         scale: (..., groups), any floating dtype.
 
     Returns:
@@ -114,6 +130,11 @@ def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     return (absmax / spec.absmax_divisor).clamp_(min=SCALE_FLOOR[torch.float32])
 
 
+def cache_scale(x: Tensor, spec: QuantSpec) -> Tensor:
+    """As `dynamic_scale`, in the dtype in which a cache keeps the scale beside the codes: of keys and values."""
+    return store_scale(dynamic_scale(x, spec), spec)
+
+
 def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The lower of the two codes that a learned rounding chooses from, and where x lies between them.
 
@@ -131,5 +152,5 @@ def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, eq. 23; differentiable)."""
+    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, section 3.3; differentiable)."""
     return (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)

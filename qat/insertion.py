@@ -1,9 +1,12 @@
 """Walk a model and put fake quantizers into it, or take them out again."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 
+from qat.attention import FakeQuantKeyValues, attentions, kv_heads, quantize_key_values, release_key_values
 from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
@@ -31,6 +34,37 @@ def set_stage(model: nn.Module, stage: Stage) -> None:
         quantizer.set_stage(stage)
 
 
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """The nested widths that `model` can be quantized at, the widest first; empty where nothing is nested."""
+    return nested_widths(layer.scheme for layer in layers(model).values())
+
+
+def nested_widths(schemes: Iterable[QuantScheme]) -> tuple[int, ...]:
+    """The widths that those of `schemes` nest which nest any; `plan` sees to it that they agree."""
+    return next((scheme.weight.widths for scheme in schemes if scheme.weight.nested), ())
+
+
+@contextmanager
+def at_width(model: nn.Module, bits: int) -> Iterator[None]:
+    """Within, weights with nested widths are quantized at `bits`, and all others as ever.
+
+    Raises:
+        ValueError: `bits` is none of `widths`.
+    """
+    nested = [quantizer for quantizer in quantizers(model) if quantizer.full.nested]
+    if not nested:
+        raise ValueError(f"no layer has nested widths, so none can be quantized at {bits} bits: QuantSpec(nested=...)")
+    specs = [quantizer.full.at(bits) for quantizer in nested]
+    before = [quantizer.spec for quantizer in nested]
+    try:
+        for quantizer, spec in zip(nested, specs, strict=True):
+            quantizer.spec = spec
+        yield
+    finally:
+        for quantizer, spec in zip(nested, before, strict=True):
+            quantizer.spec = spec
+
+
 def prepare(model: nn.Module, schemes: SchemeMap) -> None:
     """Change the structure of `model`, not its function, where `schemes` needs that.
 
@@ -49,8 +83,8 @@ def plan(
     """Which layers `insert` would quantize, and how; changes nothing.
 
     Raises:
-        ValueError: a layer cannot be quantized as its scheme says, or not by the estimator (all such layers are
-            named), a rule's pattern matches none, or no layer would be quantized at all.
+        ValueError: a layer, or keys and values, cannot be quantized as the scheme says, or not by the estimator (all
+            such layers are named), a rule's pattern matches none, or nothing would be quantized at all.
     """
     chosen = {}
     problems = [
@@ -80,9 +114,12 @@ def plan(
             if chooses is not None and (why := _refusal(chooses, spec)) is not None:
                 problems.append(f"{name}: {why}")
     problems += _settle_tied(model, chosen)
+    problems += _cache_problems(model, schemes.kv_cache, input_estimator or estimator)
+    if len(nests := {scheme.weight.widths for scheme in chosen.values() if scheme.weight.nested}) > 1:
+        problems.append(f"its layers nest different widths, {sorted(nests)}: a model is quantized at one at a time")
     if problems:
         raise ValueError(f"scheme {schemes.name} does not fit the model:\n  " + "\n  ".join(problems))
-    if not chosen:
+    if not chosen and (any(schemes.rules.values()) or schemes.kv_cache is None):
         kinds = tuple(original for original, layer in LAYERS.items() if layer.kind in schemes.kinds)
         known = [n for n, m in model.named_modules() if isinstance(m, kinds)]
         raise ValueError(
@@ -111,6 +148,17 @@ def _settle_tied(model: nn.Module, chosen: dict[str, QuantScheme]) -> list[str]:
     return problems
 
 
+def _cache_problems(model: nn.Module, spec: QuantSpec | None, estimator: Estimator | None) -> list[str]:
+    if spec is None:
+        return []
+    try:
+        attentions(model)
+    except ValueError as error:
+        return [str(error)]
+    why = estimator.refusal(spec) if estimator is not None else None
+    return [] if why is None else [f"kv_cache: {why}"]
+
+
 def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
     if spec is None:
         return f"its input stays in float, so there is nothing for the input estimator {estimator} to do"
@@ -120,7 +168,7 @@ def _refusal(estimator: Estimator, spec: QuantSpec | None) -> str | None:
 def insert(
     model: nn.Module, schemes: SchemeMap, estimator: Estimator | None = None, input_estimator: Estimator | None = None
 ) -> dict[str, FakeQuantLayer]:
-    """Turn the layers that `schemes` names into fake-quantized ones, in place.
+    """Fake-quantize the layers that `schemes` names, and keys and values where it says so, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
     hooks and references stay; safe on the meta device.
@@ -144,11 +192,18 @@ def insert(
         shared = tables.get(id(module.weight))
         layer = LAYERS[type(module)].adopt(module, scheme, estimator, input_estimator, shared)
         tables[id(module.weight)] = layer.weight_quantizer
+    if schemes.kv_cache is not None:
+        device = next(model.parameters()).device
+        for attention in attentions(model).values():
+            heads = kv_heads(attention)
+            quantized = FakeQuantKeyValues(schemes.kv_cache, heads, input_estimator or estimator, device)
+            quantize_key_values(attention, quantized)
     return layers(model)
 
 
 def remove(model: nn.Module) -> None:
     """Take all fake quantizers out, in place, leaving float layers with the weights as they are now."""
+    release_key_values(model)
     for layer in [module for module in model.modules() if isinstance(module, FakeQuantLayer)]:
         layer.release()
 

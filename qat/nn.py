@@ -61,7 +61,7 @@ class _QuantizedProduct(torch.autograd.Function):
         x = x.to(dtype)
         saved = (weight,) if a is None else (base, a, b)
         ctx.save_for_backward(x, scale, *saved)
-        ctx.quantizer, ctx.has_bias, ctx.scaling = quantizer, bias is not None, scaling
+        ctx.quantizer, ctx.spec, ctx.has_bias, ctx.scaling = quantizer, quantizer.spec, bias is not None, scaling
         # In the order of the artifact, which a transposed weight is not: products then sum as they will there.
         quantized = dequantize(codes, scale).to(dtype).contiguous()
         return F.linear(x, quantized, None if bias is None else bias.to(dtype))
@@ -71,7 +71,7 @@ class _QuantizedProduct(torch.autograd.Function):
         x, scale, base, *adapter = ctx.saved_tensors
         a, b = adapter if adapter else (None, None)
         weight, quantizer = adapted(base, a, b, ctx.scaling), ctx.quantizer
-        spec, flat = quantizer.spec, grad.reshape(-1, grad.shape[-1])
+        spec, flat = ctx.spec, grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_scale = grad_bias = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dequantize(quantize(weight, scale, spec), scale).to(grad.dtype)

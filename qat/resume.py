@@ -12,8 +12,8 @@ RECORD = "run.json"
 
 # What may differ between a run and its continuation: nothing that a weight or a figure depends on.
 _FREE = (
-    "resume", "logger", "checkpoint_every", "control", "control_lr", "control_dir", "export_dtype", "recipe", "sweep",
-    "callbacks.health",
+    "resume", "logger", "checkpoint_every", "control", "control_lr", "control_dir", "export_dtype", "export_bits",
+    "recipe", "sweep", "callbacks.health",
     "trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
 )  # fmt: skip

@@ -34,10 +34,11 @@ from qat.callbacks.measure import Measure
 from qat.callbacks.widths import search_widths
 from qat.diagnosis import WidthSearch
 from qat.export import write_float
+from qat.export.cache import cache_refusal
 from qat.export.compressed_tensors import refusal
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import plan, prepare, set_stage
+from qat.insertion import nested_widths, plan, prepare, set_stage
 from qat.quiet import quiet
 from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
@@ -154,6 +155,7 @@ class Run:
             self._check_export(chosen, model)
             quantization.calibration.check(quantized)
             trainable.check(quantized, chosen, quantization)
+            instantiate(self.cfg.callbacks.nested).check(chosen)
             instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
         elif not trainable.weights_learn:
             raise ValueError(
@@ -170,7 +172,13 @@ class Run:
     def _check_export(self, chosen: dict[str, QuantScheme], model: Any) -> None:
         trained = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision, model.dtype)
         dtype = self._export_dtype() or trained
-        if problems := [f"{name}: {why}" for name, s in chosen.items() if (why := refusal(s, dtype)) is not None]:
+        if (why := cache_refusal(self.schemes.kv_cache, dtype)) is not None:
+            raise ValueError(f"quantized keys and values could not be exported after training: {why}")
+        if (bits := self.cfg.export_bits) not in (None, *nested_widths(chosen.values())):
+            known = list(nested_widths(chosen.values())) or "none: quant=nested has some"
+            raise ValueError(f"export_bits={bits} is none of the nested widths, which are {known}; null exports all")
+        stored = [(name, s.at(bits)) for name, s in chosen.items() for bits in s.weight.widths]
+        if problems := [f"{name}: {why}" for name, s in stored if (why := refusal(s, dtype)) is not None]:
             raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 
     # -- trainers -----------------------------------------------------------------------------------
@@ -272,9 +280,10 @@ class Run:
         if quantization.calibration.changes_weights and not self._post_training:
             ptq["calibrated"] = quantization.calibration
         self.recovery = Recovery(ptq, self.control)
-        self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype)
+        self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype, self.cfg.export_bits)
         self.health, oscillation = instantiate(self.cfg.callbacks.health), instantiate(self.cfg.callbacks.oscillation)
-        return [quantization, self._trainable(), oscillation, self.health, self.recovery, self.export]
+        learns = [self._trainable(), instantiate(self.cfg.callbacks.nested)]
+        return [quantization, *learns, oscillation, self.health, self.recovery, self.export]
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -310,16 +319,15 @@ class Run:
         return next(f for f in folders if not f.exists())
 
     def _measure_packed(self, task: L.LightningModule) -> None:
-        """Losses of the artifact, run from its integers by the reference."""
-        assert self.export.exported is not None
+        """Losses of the artifacts, run from their integers by the reference."""
         trained = task.model
-        packed, _ = load_packed(self.export.exported.directory, device=self.trainer.strategy.root_device)
-        task.model = packed
-        try:
-            measured = Measure(self.trainer, task, self._quantization())("packed", ("test",))
-        finally:
-            task.model = trained
-        self.recovery.models["packed"] = measured
+        for name, artifact in self.export.artifacts.items():
+            packed, _ = load_packed(artifact.directory, device=self.trainer.strategy.root_device)
+            task.model = packed
+            try:
+                self.recovery.models[name] = Measure(self.trainer, task, self._quantization())(name, ("test",))
+            finally:
+                task.model = trained
 
     # -- report -------------------------------------------------------------------------------------
 

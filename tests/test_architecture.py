@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qat"
-CORE = [
-    *["scheme", "functional", "estimators", "observers", "packing", "fake_quantizer", "nn", "structure", "insertion"]
-]
+CORE = ["scheme", "functional", "estimators", "observers", "packing", "fake_quantizer"]
+CORE += ["attention", "nn", "structure", "insertion"]
 # What each part may import of qat, besides itself.
 MAY = {
     "scheme": [],
@@ -16,9 +15,10 @@ MAY = {
     **dict.fromkeys(["observers", "packing"], CORE[:2]),
     "estimators": [*CORE[:2], "observers"],
     "fake_quantizer": CORE[:5],
+    "attention": CORE[:6],
     "nn": CORE[:6],
-    "structure": CORE[:7],
-    "insertion": CORE[:8],
+    "structure": CORE[:8],
+    "insertion": CORE[:9],
     **dict.fromkeys(["calibration", "training"], CORE),
     "kernels": ["packing", "functional", "scheme"],
     "export": [*CORE, "kernels"],

@@ -82,7 +82,7 @@ def test_every_quant_option_is_what_its_name_says(name):
         assert schemes.mixed({}).name == "auto4a16-g128"
         schemes = schemes.uniform(4)
         name = "w4a16"
-    scheme, _, kind = name.partition("_")
+    scheme, _, kind = name.replace("nested", "w8.4.2a16").partition("_")
     assert schemes.name.startswith(scheme + "-")
     assert schemes.scheme_of("model.layers.0.mlp.up_proj") is not None
     assert (schemes.scheme_of("lm_head") is None) == (not kind)
@@ -181,7 +181,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
             "recipe=lama_int4_qat",
             r"no recipe is called 'lama_int4_qat'; did you mean llama_int4_qat\? There are: .*pretrain",
         ),
-        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, none, w4a16"),
+        ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, nested, none"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         (
             "calibration=gptk",

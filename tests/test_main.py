@@ -148,6 +148,21 @@ def test_a_recipe_without_steps_ends_with_a_proven_export_and_no_control(recipe,
     AutoModelForCausalLM.from_pretrained(out / "export")
 
 
+@pytest.mark.parametrize("quant", [["quant.kv_cache=int8-head"], ["quant=none", "quant.kv_cache=fp8-token"]], ids=str)
+def test_quantized_keys_and_values_go_through_the_program(quant, job, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(monkeypatch, *job[1], *quant, "control=none", f"hydra.run.dir={out}")
+    summary = read_summary(out)
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+    assert summary["scheme"].endswith(f"kv-{quant[-1].partition('=')[2]}")
+    layers = 0 if "quant=none" in quant else len(summary["layers"])
+    assert f"proven bit-exact for {layers} layers and keys and values of 1 attentions" in capsys.readouterr().out
+    assert json.loads((out / "export" / "qat.json").read_text())["kv_cache"]["bits"] == 8
+    AutoModelForCausalLM.from_pretrained(out / "export")
+    assert qat_command(["inspect", str(out / "export")]) == 0
+    assert f"keys and values {quant[-1].partition('=')[2]}" in capsys.readouterr().out
+
+
 def test_a_convolutional_network_goes_through_the_same_program(monkeypatch, tmp_path, capsys):
     words = ["logger=none", "trainer.enable_progress_bar=false", "trainer.val_check_interval=4", "trainer.max_steps=8"]
     train(monkeypatch, "recipe=pretrain_digits_cnn", *words, f"hydra.run.dir={tmp_path}/float")
@@ -263,6 +278,24 @@ def test_a_calibration_stopped_by_hand_says_how_it_goes_on(job, monkeypatch, tmp
     assert read_summary(tmp_path / "run")["packed_loss"] is not None
 
 
+def test_a_nested_run_exports_and_measures_each_width_and_goes_on_to_export_one(job, monkeypatch, tmp_path):
+    _, words = job
+    words = [*words, "quant=nested", "calibration=absmax", "control=none", f"hydra.run.dir={tmp_path}/run"]
+    train(monkeypatch, *words)
+    summary, out = read_summary(tmp_path / "run"), tmp_path / "run"
+    assert sorted(p.name for p in (out / "export").iterdir()) == ["int2", "int4", "int8"]
+    assert summary["export_dir"] == str(out / "export" / "int8")
+    for at in ("", "_int4", "_int2"):
+        assert summary[f"packed{at}_loss"] == pytest.approx(summary[f"qat{at}_loss"], abs=1e-6)
+    assert summary["qat_int2_loss"] < summary["sliced_int2_loss"]
+    assert all(row.keys() >= {"qat_loss", "qat_int4_loss", "qat_int2_loss"} for row in summary["history"])
+    assert "QAT, INT2" in (out / "report.html").read_text()
+    train(monkeypatch, *words, "resume=true", "export_bits=2")
+    assert [p.name for p in (out / "export-2").iterdir()] == ["int2"]
+    once, again = (load_file(out / name / "int2" / "model.safetensors") for name in ("export", "export-2"))
+    assert all(torch.equal(once[name], again[name]) for name in once | again)
+
+
 def command(words, *more) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *words, *more]
 
@@ -327,6 +360,11 @@ BAD = {
     "bad control": (["control=maybe"], "control must be run, cached or none"),
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
+    "scales of keys and values that the export cannot hold": (
+        ["export_dtype=float16", "quant=none", "quant.kv_cache=fp8-head"],
+        "kv_cache=fp8-head: bfloat16 scales in a float16 model",
+    ),
+    "an unknown cache": (["quant.kv_cache=int4"], "kv_cache='int4': it is int8 or fp8"),
     "a budget below the smallest widths": (["quant=auto", "quant.budget_bits=2"], "quant.budget_bits=2.125"),
     "an ignored pattern of no layer": (["quant=auto", "quant.ignore=['*lm_haed']"], "matches no layer"),
     "a rule of no layer": (["quant.ignore=['*lm_haed']"], "matches no layer"),
@@ -363,6 +401,9 @@ BAD = {
         ["estimator=ste_mse", "callbacks.oscillation.freezing=0.02"],
         "freezing holds codes under a scale",
     ),
+    "a nested width that is not below": (["quant=nested", "quant.weight.nested=[8]"], "integer widths from 2 to 7"),
+    "weights of widths that are not nested": (["callbacks.nested.weights={{4:1.0}}"], "no layer has nested widths"),
+    "an export at a width that is not nested": (["quant=nested", "export_bits=3"], "which are [8, 4, 2]"),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qat.scheme import FORMAT_VERSION, QuantScheme, QuantSpec, SchemeMap, matches, uniform
+from qat.scheme import FORMAT_VERSION, QuantScheme, QuantSpec, SchemeMap, cache_name, cache_spec, matches, uniform
 
 W4 = QuantSpec(bits=4, granularity="group", group_size=32)
 W8 = QuantSpec(bits=8, granularity="channel")
@@ -18,10 +18,11 @@ A8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
         ({"bits": 4.0}, "bits must be an integer from 2 to 8, got 4.0"),
         ({"bits": True}, "bits must be an integer from 2 to 8, got True"),
         ({"bits": "4"}, "bits must be an integer from 2 to 8, got '4'"),
-        ({"granularity": "row"}, "granularity must be one of tensor, channel, group, token, got 'row'"),
+        ({"granularity": "row"}, "granularity must be one of tensor, channel, group, token, head, got 'row'"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of bfloat16, float16, float32, got 'float64'"),
         ({"absmax_rule": "max"}, "absmax_rule must be one of half_range, qmax, got 'max'"),
-        ({"element": "float"}, "element must be 'int', got 'float': float formats are not implemented"),
+        ({"element": "complex"}, "element must be one of int, float, got 'complex'"),
+        ({"element": "float"}, "element='float' with bits=4: floats have 8 bits (e4m3)"),
         ({"granularity": "group"}, "group_size goes with granularity='group', and only with it"),
         ({"group_size": 32}, "group_size goes with granularity='group', and only with it"),
         ({"granularity": "group", "group_size": 0}, "group_size must be a positive integer, got 0"),
@@ -44,8 +45,10 @@ def test_a_contradictory_spec_is_refused_with_what_is_wrong(fields, message):
         ({"weight": A8}, "weights have static scales"),
         ({"weight": W4, "input": W8}, "input granularity must be token or tensor, got 'channel'"),
         ({"weight": W4, "input": W4}, "input granularity must be token or tensor, got 'group'"),
+        ({"weight": QuantSpec(bits=8, granularity="channel", element="float")}, "FP8 is for keys and values"),
+        ({"weight": W8, "input": cache_spec("fp8-token")}, "FP8 is for keys and values"),
     ],
-    ids=["dynamic weight", "input per channel", "input per group"],
+    ids=["dynamic weight", "input per channel", "input per group", "FP8 weight", "FP8 input"],
 )
 def test_a_contradictory_scheme_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -172,3 +175,18 @@ def test_no_weight_spec_quantizes_nothing():
     assert schemes.name == "none"
     assert not schemes.quantizes
     assert uniform(W4).quantizes
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-head", "int8-token", "fp8", "fp8-head", "fp8-token"])
+def test_specs_of_keys_and_values_have_names(name):
+    spec = cache_spec(name)
+    assert cache_name(spec) == name
+    assert (spec.qmax, spec.absmax_divisor) == ((127, 127.0) if "int" in name else (448, 448.0))
+    assert uniform(None, kv_cache=name).quantizes and uniform(W4, kv_cache=name).name == f"w4a16-g32+kv-{name}"
+
+
+def test_what_is_no_spec_of_keys_and_values_is_refused():
+    with pytest.raises(ValueError, match="kv_cache='int4': it is int8 or fp8"):
+        cache_spec("int4")
+    with pytest.raises(ValueError, match="kv_cache of 8 bits and a scale a channel: keys and values have 8 bits"):
+        SchemeMap(name="test", kv_cache=W8)

@@ -72,6 +72,7 @@ class ClipSearch:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
             for each in layer.quantizers:
                 each.set_stage(Stage.FLOAT)
+        self.ranges.set_caches(model, run)
 
 
 def _clipped(weight: Tensor, gram: Tensor, scale: Tensor, ratios: tuple[float, ...], spec: QuantSpec) -> Tensor:

@@ -117,6 +117,7 @@ class GPTQ:
                     raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
                 for quantizer in layer.quantizers:
                     quantizer.set_stage(Stage.FROZEN if self.sequential == "layer" else Stage.FLOAT)
+        self.ranges.set_caches(module, run)
         set_stage(module, Stage.FLOAT)
 
     def _quantize(self, layer: FakeQuantLayer, gram: Tensor, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from qat.attention import FakeQuantKeyValues
 from qat.calibration.blocks import Run
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import dequantize, fake_quantize, quantize, store_scale
@@ -51,7 +52,7 @@ def check_layers(method: str, model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         owned = any(isinstance(child, FakeQuantizer) for child in module.children())
-        if owned and not isinstance(module, FakeQuantLayer):
+        if owned and not isinstance(module, (FakeQuantLayer, FakeQuantKeyValues)):
             raise ValueError(
                 f"calibration {method} treats the layers of qat.nn, and {name} is a {type(module).__name__}: leave it "
                 "in float (a rule with null), or calibrate by ranges (calibration=mse)"

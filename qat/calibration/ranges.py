@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.attention import key_values
 from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
@@ -30,7 +31,7 @@ class RangeCalibration:
         signed: let each scale of a weight take the sign with the smaller error.  The codes of b bits reach one step
             further below zero than above, which a negative scale turns around; readers that multiply by the
             scale need know nothing of it.
-        input: observer of static activations: `absmax`, `ema` or `mse`.
+        input: observer of static activations, keys and values among them: `absmax`, `ema` or `mse`.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -64,7 +65,7 @@ class RangeCalibration:
 
     def needs_data(self, model: nn.Module) -> bool:
         """Whether calibrating `model` runs it on data."""
-        static = any(q.scale is not None for q in _input_quantizers(model))
+        static = any(q.scale is not None for q in [*_input_quantizers(model), *_cache_quantizers(model).values()])
         return self.importance > 0 or static
 
     @torch.no_grad()
@@ -82,7 +83,7 @@ class RangeCalibration:
         for layer in layers(model).values():
             self.observe(layer)
         moments: dict[str, Tensor] = {}
-        if self.needs_data(model):
+        if self.importance or any(q.scale is not None for q in _input_quantizers(model)):
             with _input_moments(model, moments) if self.importance else _nothing():
                 run()
         for name, layer in layers(model).items():
@@ -90,6 +91,26 @@ class RangeCalibration:
                 self.set_layer(layer, moments.get(name))
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, layer {name}: {error}") from error
+        self.set_caches(model, run)
+
+    @torch.no_grad()
+    def set_caches(self, model: nn.Module, run: Callable[[], None]) -> None:
+        """Set the static scales of keys and values by one run in which nothing but what is FROZEN is quantized.
+
+        Raises:
+            ValueError: NaN, or no usable token, naming the quantizer.
+        """
+        static = {name: q for name, q in _cache_quantizers(model).items() if q.scale is not None}
+        for quantizer in static.values():
+            quantizer.set_stage(Stage.OBSERVE)
+            quantizer.observer = OBSERVERS[self.input](quantizer.spec)
+        if static:
+            run()
+        for name, quantizer in static.items():
+            try:
+                _settle(quantizer)
+            except ValueError as error:
+                raise ValueError(f"calibration {self.name}, {name}: {error}") from error
 
     def observe(self, layer: FakeQuantLayer) -> None:
         """Let `layer` compute in float while its static input, if it has one, is watched from now on."""
@@ -114,10 +135,7 @@ class RangeCalibration:
             raise ValueError("NaN or infinite values were observed in its input")
         layer.weight_quantizer.set_scale(self._weight_scale(layer, moment))
         for quantizer in layer.quantizers:
-            if quantizer.observer is not None:
-                quantizer.set_scale(quantizer.observer.scale())
-                quantizer.observer = None
-            quantizer.set_stage(Stage.FLOAT)
+            _settle(quantizer)
 
     def _weight_scale(self, layer: FakeQuantLayer, moment: Tensor | None) -> Tensor:
         stored, spec, weight = layer.weight_quantizer.scale, layer.weight_quantizer.spec, layer.matrix
@@ -143,6 +161,20 @@ def set_tables(model: nn.Module, ranges: RangeCalibration) -> None:
 
 def _input_quantizers(model: nn.Module) -> list[FakeQuantizer]:
     return [layer.input_quantizer for layer in layers(model).values() if layer.input_quantizer is not None]
+
+
+def _cache_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    found = key_values(model).items()
+    return {f"{name}, {kind}s": getattr(kv, f"{kind}_quantizer") for name, kv in found for kind in ("key", "value")}
+
+
+def _settle(quantizer: FakeQuantizer) -> None:
+    """Take the scale that was observed, if one was."""
+    if quantizer.observer is not None:
+        assert quantizer.scale is not None
+        quantizer.set_scale(quantizer.observer.scale().view_as(quantizer.scale))
+        quantizer.observer = None
+    quantizer.set_stage(Stage.FLOAT)
 
 
 @contextmanager

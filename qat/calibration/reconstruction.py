@@ -34,7 +34,7 @@ from qat.functional import (
     rectified_sigmoid,
     store_scale,
 )
-from qat.insertion import layers, set_stage
+from qat.insertion import layers, quantizers, set_stage
 from qat.nn import FakeQuantLayer
 
 log = logging.getLogger(__name__)
@@ -240,9 +240,10 @@ class Reconstruction:
         for layer in treated:
             layer.weight_quantizer.set_stage(Stage.TRAIN)
         added = {id(tensor) for layer in treated for tensor in layer.added()}  # an adapter is merged, and stays so
+        added |= {id(scale) for quantizer in quantizers(block) for scale in quantizer.parameters()}
         parameters = [p for p in block.parameters() if id(p) not in added]
-        quantizers = [layer.weight_quantizer for layer in treated]
-        scales = [q.scale for q in quantizers if q.scale is not None and q.estimator.learns_scale]
+        learned = [layer.weight_quantizer for layer in treated if layer.weight_quantizer.estimator.learns_scale]
+        scales = [quantizer.scale for quantizer in learned if quantizer.scale is not None]
         flags = [p.requires_grad for p in parameters]
         for parameter in parameters:
             parameter.requires_grad_()

@@ -5,6 +5,7 @@ from qat.callbacks.export import Export
 from qat.callbacks.guard import NaNGuard, SafeExit
 from qat.callbacks.health import TrainingHealth
 from qat.callbacks.lora import LoRA
+from qat.callbacks.nested import Nested
 from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.random_state import RandomState
@@ -13,6 +14,6 @@ from qat.callbacks.scales_only import ScalesOnly
 from qat.callbacks.trainable import Trainable
 
 __all__ = [
-    "Distillation", "Export", "LoRA", "NaNGuard", "Oscillation", "QuantizationAwareTraining", "RandomState", "Recovery",
-    "SafeExit", "ScalesOnly", "Trainable", "TrainingHealth",
+    "Distillation", "Export", "LoRA", "NaNGuard", "Nested", "Oscillation", "QuantizationAwareTraining", "RandomState",
+    "Recovery", "SafeExit", "ScalesOnly", "Trainable", "TrainingHealth",
 ]  # fmt: skip

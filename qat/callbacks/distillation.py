@@ -182,8 +182,8 @@ class Distillation(L.Callback):
             pl_module.log("train/kl", kl, prog_bar=True)
             loss = loss + self.weight * kl
         if self.hidden:
-            hidden = sum(hidden_error(s, theirs[n].to(s.device), _rows(known, s)) for n, s in states.items())
-            hidden = hidden / len(states)
+            errors = [hidden_error(s, theirs[n].to(s.device), _rows(known, s)) for n, s in states.items()]
+            hidden = torch.stack(errors).mean()
             pl_module.log("train/hidden", hidden, prog_bar=True)
             loss = loss + self.hidden * hidden
         return {**result, "loss": loss} if isinstance(result, dict) else loss

@@ -1,7 +1,7 @@
 """Measure a LightningModule on held-out splits, in float and after post-training quantization."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -11,7 +11,9 @@ from qat.callbacks.batches import muted, step_losses
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import DocumentLosses, evaluate
 from qat.fake_quantizer import Stage
-from qat.insertion import layers, quantizers, set_stage
+from qat.insertion import at_width, quantizers, set_stage, widths
+
+T = TypeVar("T")
 
 Measured = dict[str, DocumentLosses]
 """Losses of one model by split: `validation` (watched while training) and `test` (the figures)."""
@@ -55,6 +57,14 @@ class Measure:
             if split in splits
         }
 
+    def narrower(self, label: str, splits: tuple[str, ...] = ("validation", "test")) -> dict[str, Measured]:
+        """Losses of the module at each nested width below the weights' own, as `<label>_int<bits>`."""
+        found = {}
+        for bits in widths(self.module)[1:]:
+            with at_width(self.module, bits):
+                found[f"{label}_int{bits}"] = self(f"{label}, {bits} bits", splits)
+        return found
+
     def _losses(self, module: Any, numbered: tuple[int, Any]) -> Any:
         index, batch = numbered
         with muted(module):
@@ -69,11 +79,15 @@ class Measure:
 
         A calibration that changes weights costs a copy of them for as long as it is measured.
         """
+        return self.calibrated(calibration, lambda: self(label))
 
-        def run() -> Measured:
+    def calibrated(self, calibration: Calibration, measure: Callable[[], T]) -> T:
+        """`measure()` after quantizing the weights as they are; they and the scales are put back."""
+
+        def run() -> T:
             self.quantization.calibrate(self.trainer, self.module, calibration)
             set_stage(self.module, Stage.FROZEN)
-            return self(label)
+            return measure()
 
         weights = {p: p.detach().clone() for p in self._weights()} if calibration.changes_weights else {}
         try:
@@ -87,9 +101,9 @@ class Measure:
         scales = {id(q.scale) for q in quantizers(self.module)}
         return [p for p in self.module.parameters() if id(p) not in scales]
 
-    def _at(self, stage: Stage, run: Callable[[], Measured]) -> Measured:
+    def _at(self, stage: Stage, run: Callable[[], T]) -> T:
         """`run()` with all quantizers at `stage`; their stages and scales are put back afterwards."""
-        assert layers(self.module), "quantizers are inserted before anything is measured"
+        assert quantizers(self.module), "quantizers are inserted before anything is measured"
         kept = [(q, q.current_stage, None if q.scale is None else q.scale.detach().clone()) for q in
                 quantizers(self.module)]  # fmt: skip
         set_stage(self.module, stage)

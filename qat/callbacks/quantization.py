@@ -111,7 +111,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def _insert(self, pl_module: L.LightningModule) -> None:
         model = self.quantized(pl_module)
-        if layers(model):
+        if quantizers(model):
             return  # the user's configure_model, or an earlier fit, has inserted
         prepare(model, self.schemes)
         if self.untie:
@@ -129,7 +129,7 @@ class QuantizationAwareTraining(L.Callback):
     # -- training -----------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not layers(pl_module):
+        if not quantizers(pl_module):
             raise ValueError(
                 f"{type(pl_module).__name__} has no fake quantizer: its configure_model builds the model after "
                 "insertion. Call qat.insert(self.model, schemes) at the end of configure_model"

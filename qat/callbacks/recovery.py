@@ -13,6 +13,7 @@ from qat.callbacks.measure import Measure, Measured
 from qat.callbacks.quantization import quantization_of
 from qat.evaluation import DocumentLosses, Estimate, Losses, difference, recovered
 from qat.evaluation.losses import by_document
+from qat.insertion import widths
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Control:
 class Recovery(L.Callback):
     """Measures float, PTQ, PTQ with better scales, and QAT at every validation and at the end.
 
-    Comes after `QuantizationAwareTraining` in the trainer's callbacks.  Logs `recovery/*` to all loggers.
+    Comes after `QuantizationAwareTraining` in the trainer's callbacks.  Logs `recovery/*` to all loggers.  Nested
+    widths are measured too, as `qat_int4` and, before training, `sliced_int4`; recovery is that of the widest.
 
     Args:
         calibrations: post-training quantizations to compare with, by the names of their losses; `ptq` is
@@ -60,6 +62,8 @@ class Recovery(L.Callback):
         self.models["float"] = measure.in_float("float")
         for name, calibration in self.calibrations.items():
             self.models[name] = measure.post_training(name, calibration)
+        if widths(pl_module):  # what the high bits of the codes are worth before anything is trained
+            self.models |= measure.calibrated(measure.quantization.calibration, lambda: measure.narrower("sliced"))
 
     # -- while training -----------------------------------------------------------------------------
 
@@ -76,6 +80,8 @@ class Recovery(L.Callback):
             return
         figures = self.figures("validation", by_document(self._outputs))
         row = {name: figure.value for name, figure in figures.items()}
+        narrower = Measure(trainer, pl_module, quantization_of(trainer, "Recovery")).narrower("qat", ("validation",))
+        row |= {f"{name}_loss": measured["validation"].loss for name, measured in narrower.items()}
         self.history.append({"step": trainer.global_step, **row})
         known = {f"recovery/{name}": value for name, value in row.items() if value is not None}
         for logger in trainer.loggers:
@@ -100,11 +106,13 @@ class Recovery(L.Callback):
     # -- at the end ---------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.models["qat"] = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))("qat")
+        measure = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))
+        self.models |= {"qat": measure("qat"), **measure.narrower("qat")}
 
     def measure_calibrated(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Instead of `on_train_end` where nothing is trained: losses of the calibrated model, logged too."""
-        self.models["calibrated"] = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))("calibrated")
+        measure = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))
+        self.models |= {"calibrated": measure("calibrated"), **measure.narrower("sliced")}
         for logger in trainer.loggers:
             losses = {f"recovery/{name}_loss": m["validation"].loss for name, m in self.models.items()}
             logger.log_metrics(losses, step=0)

@@ -37,8 +37,8 @@ class ScalesOnly(Trainable):
         """As `Trainable.check`.
 
         Raises:
-            ValueError: a layer is not a plain linear one or has an adapter, the estimator learns no scale of held
-                codes, scales would freeze, or training would start in float.
+            ValueError: a layer is not a plain linear one, has an adapter or nested widths, the estimator learns no
+                scale of held codes, scales would freeze, or training would start in float.
         """
         modules = {name: model.get_submodule(name) for name in chosen}
         other = [n for n, m in modules.items() if LAYERS.get(type(m), type(m)) is not FakeQuantLinear]
@@ -50,6 +50,8 @@ class ScalesOnly(Trainable):
             )
         if adapted := [n for n, m in modules.items() if getattr(m, "lora_A", None) is not None]:
             raise ValueError(f"{adapted[0]} has an adapter, which scales-only training cannot hold: use LoRA or it")
+        if nested := [n for n, scheme in chosen.items() if scheme.weight.nested]:
+            raise ValueError(f"{nested[0]} has nested widths, and codes are held at one: use trainable=all or lora")
         if not isinstance(quantization.estimator, LSQ):
             raise ValueError(
                 f"{quantization.estimator} learns no scale of held codes, and nothing else learns under scales-only "

@@ -23,7 +23,7 @@ from qat.calibration import GPTQ, RangeCalibration
 from qat.export.compressed_tensors import stored_bytes
 from qat.insertion import plan
 from qat.nn import LAYERS
-from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap, cache_spec, matches
 
 # Layers beside each other that servers run as one product, which has one width.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -65,6 +65,7 @@ class WidthSearch:
             estimate, which needs no forward with a quantized layer.
         calibration: what quantizes a layer while its sensitivity is measured.
         windows: of the calibration split that sensitivities are measured on.
+        kv_cache: of keys and values, as `qat.scheme.cache_spec` names it; in float while widths are searched.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -79,6 +80,7 @@ class WidthSearch:
     metric: Literal["kl", "loss", "fisher"] = "kl"
     calibration: RangeCalibration | GPTQ = field(default_factory=GPTQ)
     windows: int = 32
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
         if not self.widths or len(set(self.widths)) < len(self.widths):
@@ -93,7 +95,7 @@ class WidthSearch:
         if self.windows < 1:
             raise ValueError(f"quant.windows must be at least 1, got {self.windows}")
         for bits in self.widths:
-            self.scheme(bits)
+            self.uniform(bits)
 
     def scheme(self, bits: int) -> QuantScheme:
         """Of a layer with `bits` wide weights."""
@@ -105,13 +107,23 @@ class WidthSearch:
     def uniform(self, bits: int) -> SchemeMap:
         """The map with one width everywhere."""
         scheme = self.scheme(bits)
-        return SchemeMap(name=str(scheme), rules={**dict.fromkeys(self.ignore), "*": scheme})
+        rules = {**dict.fromkeys(self.ignore), "*": scheme}
+        return SchemeMap(name=f"{scheme}{self._suffix}", rules=rules, kv_cache=self._cache)
 
     def mixed(self, widths: Mapping[str, int]) -> SchemeMap:
         """The map that gives each layer, by its dotted name, a width of its own, and leaves all others in float."""
         inputs, size = self.input.bits if self.input else 16, self.group_size
-        name = f"auto{self.budget_bits:g}a{inputs}-{f'g{size}' if size else 'channel'}"
-        return SchemeMap(name=name, rules={layer: self.scheme(bits) for layer, bits in widths.items()})
+        name = f"auto{self.budget_bits:g}a{inputs}-{f'g{size}' if size else 'channel'}{self._suffix}"
+        rules = {layer: self.scheme(bits) for layer, bits in widths.items()}
+        return SchemeMap(name=name, rules=rules, kv_cache=self._cache)
+
+    @property
+    def _cache(self) -> QuantSpec | None:
+        return None if self.kv_cache is None else cache_spec(self.kv_cache)
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.kv_cache is None else f"+kv-{self.kv_cache}"
 
     def groups(self, model: nn.Module) -> list[Group]:
         """The groups of a float `model`, in the order of its modules.

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.attention import key_values
 from qat.export import compressed_tensors
+from qat.export.cache import FoldedKeyValues, RecordedKeyValues, fold_key_values
 from qat.export.compressed_tensors import write_float
 from qat.export.fold import Folded, Recorded, fold, record
 from qat.export.verify import VerificationError, verify
@@ -20,7 +22,9 @@ __all__ = [
     "Artifact",
     "ExportedLayer",
     "Folded",
+    "FoldedKeyValues",
     "Recorded",
+    "RecordedKeyValues",
     "VerificationError",
     "export",
     "fold",
@@ -58,17 +62,19 @@ class Artifact:
         float_bytes: of the quantized layers' weights in bfloat16.
         packed_bytes: of their codes and scales.
         layers: in the model's order.
+        attentions: dotted names of those whose keys and values are quantized.
     """
 
     directory: Path
     float_bytes: int
     packed_bytes: int
     layers: tuple[ExportedLayer, ...]
+    attentions: tuple[str, ...]
 
 
 def export(
     model: nn.Module,
-    recorded: Mapping[str, Recorded],
+    recorded: Mapping[str, Recorded | RecordedKeyValues],
     directory: str | Path,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
@@ -86,36 +92,39 @@ def export(
 
     Raises:
         VerificationError: the written file is not what was trained; names the layers.
-        ValueError: a layer was not recorded, is not finite, or has no place in the format; or `directory` exists.
+        ValueError: a layer, or an attention, was not recorded, is not finite, or has no place in the format; or
+            `directory` exists.
         OSError: the disk is full.
     """
-    quantized = layers(model)
-    if not quantized:
+    quantized, attentions = layers(model), key_values(model)
+    if not quantized and not attentions:
         raise ValueError("the model has no quantized layer; write_float writes float models")
-    if missing := [name for name in quantized if name not in recorded]:
+    if missing := [name for name in (*quantized, *attentions) if name not in recorded]:
         raise ValueError(
             f"{len(missing)} quantized layers were not recorded ({', '.join(missing[:3])}): run a forward through "
             "all layers with the quantizers active, inside qat.export.record(model)"
         )
-    folded = {name: fold(layer, recorded[name].weight_dtype, name) for name, layer in quantized.items()}
+    dtypes = {name: used.weight_dtype for name, used in recorded.items() if isinstance(used, Recorded)}
+    folded = {name: fold(layer, dtypes[name], name) for name, layer in quantized.items()}
     compressed_tensors.write(
         model,
         folded,
         directory,
+        key_values={name: fold_key_values(one, name) for name, one in attentions.items()},
         tokenizer=tokenizer,
         dtype=dtype,
         provenance=provenance,
         check=lambda written: verify(written, recorded),
     )
     described = tuple(
-        _describe(name, folded[name], _float_weight(layer, recorded[name].weight_dtype))
-        for name, layer in quantized.items()
+        _describe(name, folded[name], _float_weight(layer, dtypes[name])) for name, layer in quantized.items()
     )
     return Artifact(
         directory=Path(directory),
         float_bytes=sum(2 * layer.shape[0] * layer.shape[1] for layer in described),
         packed_bytes=sum(layer.bytes for layer in described),
         layers=described,
+        attentions=tuple(attentions),
     )
 
 

@@ -4,8 +4,9 @@
     model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
                         int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
                         static activations:    <m>.input_scale (1,)
+                        keys and values:       `qat.export.cache`
                         (qat.safetensors, where a layer is of a kind that the format does not know)
-    qat.json            qat's own scheme of each layer, provenance, size and SHA-256 of the weights
+    qat.json            qat's own scheme of each layer, of keys and values, provenance, size and SHA-256 of the weights
 
 Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
 """
@@ -14,12 +15,15 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.attention import key_values as quantized_key_values
+from qat.export.cache import FoldedKeyValues, cache_refusal, cache_scheme, the_spec
 from qat.export.directory import OWN_WEIGHTS, WEIGHTS, atomic_directory, write_weights
 from qat.export.fold import Folded
 from qat.export.verify import VerificationError
@@ -36,16 +40,18 @@ def write(
     folded: Mapping[str, Folded],
     directory: str | Path,
     *,
+    key_values: Mapping[str, FoldedKeyValues] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write `model` with the layers in `folded` quantized.
+    """Write `model` with the layers in `folded`, and `key_values`, quantized.
 
     Args:
         model: a transformers model; its linear layers that are not in `folded` stay in float.
         folded: by dotted name.
+        key_values: of every attention, by dotted name; None where they stay in float.
         directory: must not exist; appears only when everything is written and checked.
         tokenizer: saved beside the model.
         dtype: of the tensors that stay in float; the model's by default.
@@ -58,23 +64,32 @@ def write(
         OSError: the disk is full.
     """
     dtype = dtype or _dtype(model)
+    key_values, cache = key_values or {}, the_spec(key_values or {})
     problems = [f"{name}: {why}" for name, f in folded.items() if (why := refusal(f.scheme, dtype)) is not None]
+    problems += [why] if (why := cache_refusal(cache, dtype)) is not None else []
     if problems:
         raise ValueError("compressed-tensors cannot hold this model:\n  " + "\n  ".join(problems))
     tensors = _float_tensors(model, folded, dtype)
     for name, layer in folded.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer_tensors(layer).items()}
+    for name, kept in key_values.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in kept.tensors().items()}
     described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
     strange = unheld(model, folded)
     if strange is not None:
         log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only",
                  layers(model)[strange].original.__name__, strange)  # fmt: skip
+    if cache is not None and cache.dynamic:
+        log.info("compressed-tensors knows no keys and values with a scale a token: in float but for load_packed")
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
     with atomic_directory(directory, needed, (VerificationError,)) as partial:
-        _write_config(partial, model, folded, dtype)
+        _write_config(partial, model, folded, cache, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_weights(partial, tensors, described, dict(provenance or {}), OWN_WEIGHTS if strange else WEIGHTS)
+        weights = OWN_WEIGHTS if strange else WEIGHTS
+        write_weights(
+            partial, tensors, described, dict(provenance or {}), weights, None if cache is None else asdict(cache)
+        )
         if check is not None:
             check(partial)
 
@@ -100,7 +115,7 @@ def write_float(
         ValueError: the model has quantized layers, or `directory` exists.
         OSError: the disk is full.
     """
-    if quantized := list(layers(model)):
+    if quantized := [*layers(model), *quantized_key_values(model)]:
         raise ValueError(f"{len(quantized)} layers are quantized ({quantized[0]}, ...): export them, or remove first")
     write(model, {}, directory, tokenizer=tokenizer, dtype=dtype, provenance=provenance)
 
@@ -156,19 +171,21 @@ def layer_tensors(layer: Folded) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(model: nn.Module, folded: Mapping[str, Folded]) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+def quantization_config(
+    model: nn.Module, folded: Mapping[str, Folded], cache: QuantSpec | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json, `cache` being the spec of keys and values."""
     by_scheme: dict[QuantScheme, list[str]] = {}
     for name, layer in folded.items():
         by_scheme.setdefault(layer.scheme, []).append(name)
-    formats = {format_of(scheme) for scheme in by_scheme}
+    formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
     return {
         "quant_method": "compressed-tensors" if unheld(model, folded) is None else "qat",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in folded],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache_scheme(cache),
         "config_groups": {
             f"group_{i}": _group(scheme, ["Linear"] if len(by_scheme) == 1 and unheld(model, names) is None else names)
             for i, (scheme, names) in enumerate(by_scheme.items())
@@ -203,6 +220,8 @@ def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.
     """Everything that is not quantized, a tied tensor once, by the first of its names."""
     seen = {id(layer.weight) for name, layer in layers(model).items() if name in folded}
     seen |= {id(tensor) for layer in layers(model).values() for tensor in layer.added()}
+    for quantized in quantized_key_values(model).values():
+        seen |= {id(tensor) for tensor in quantized.state_dict(keep_vars=True).values()}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
@@ -214,13 +233,15 @@ def _float_tensors(model: nn.Module, folded: Mapping[str, Folded], dtype: torch.
     return tensors
 
 
-def _write_config(directory: Path, model: Any, folded: Mapping[str, Folded], dtype: torch.dtype) -> None:
+def _write_config(
+    directory: Path, model: Any, folded: Mapping[str, Folded], cache: QuantSpec | None, dtype: torch.dtype
+) -> None:
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(directory)
-    if folded:
+    if folded or cache_scheme(cache) is not None:
         path = directory / "config.json"
-        values = json.loads(path.read_text()) | {"quantization_config": quantization_config(model, folded)}
+        values = json.loads(path.read_text()) | {"quantization_config": quantization_config(model, folded, cache)}
         path.write_text(json.dumps(values, indent=2) + "\n")
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)

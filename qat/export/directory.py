@@ -78,7 +78,12 @@ def weights_file(directory: Path) -> Path:
 
 
 def write_weights(
-    directory: Path, tensors: dict[str, Tensor], layers: Mapping[str, Any], provenance: Any, name: str = WEIGHTS
+    directory: Path,
+    tensors: dict[str, Tensor],
+    layers: Mapping[str, Any],
+    provenance: Any,
+    name: str = WEIGHTS,
+    kv_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the weights, and the side file by which a reader knows that the directory is whole.
 
@@ -88,6 +93,7 @@ def write_weights(
         layers: of the side file: the scheme, shape and trained dtype of each quantized layer.
         provenance: of the side file: where the model comes from; plain values.
         name: of the file of weights.
+        kv_cache: of the side file: the spec of keys and values; None for float.
     """
     save_file(tensors, directory / name, metadata={"format": "pt"})
     files = sorted(path for path in directory.iterdir() if path.is_file())
@@ -96,6 +102,7 @@ def write_weights(
         "qat_version": qat.__version__,
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
         "layers": dict(layers),
+        "kv_cache": kv_cache,
         "provenance": provenance,
     }
     (directory / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n")

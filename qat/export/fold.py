@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.export.cache import record_key_values
 from qat.fake_quantizer import FakeQuantizer
 from qat.functional import quantize, scale_dtype, store_scale
 from qat.insertion import layers
@@ -51,18 +53,19 @@ class Folded:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[dict[str, Recorded]]:
-    """Within, every forward of a quantized layer notes what it used; the last one counts.
+def record(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Within, every forward of a quantized layer, or attention, notes what it used; the last one counts.
 
     Yields:
-        Records by the layer's dotted name, filled as layers run.
+        Records by dotted name, filled as layers run: `Recorded` of a layer, `RecordedKeyValues` of an attention.
     """
-    recorded: dict[str, Recorded] = {}
+    recorded: dict[str, Any] = {}
     before = {name: layer.weight_quantizer.recorder for name, layer in layers(model).items()}
     for name, layer in layers(model).items():
         layer.weight_quantizer.recorder = _recorder(recorded, name, layer.input_quantizer)
     try:
-        yield recorded
+        with record_key_values(model, recorded):
+            yield recorded
     finally:
         for name, layer in layers(model).items():
             layer.weight_quantizer.recorder = before[name]
@@ -108,7 +111,7 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
                 f"{name}: a {what} is NaN or infinite; training diverged, or the scale dtype is too narrow"
             )
     return Folded(
-        scheme=layer.scheme,
+        scheme=replace(layer.scheme, weight=quantizer.spec.alone),
         codes=quantize(weight, scale, quantizer.spec).to("cpu", torch.int8),
         scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
         input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.scheme.input)),  # type: ignore[arg-type]

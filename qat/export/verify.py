@@ -1,6 +1,7 @@
 """Read an artifact back with a decoder of its own, and compare it with what training used.
 
-Numpy, json and struct only: no code is shared with what wrote the file, so a mistake there cannot hide here.
+Numpy, json and struct only (`verify_cache` too): no code is shared with what wrote the file, so a mistake there cannot
+hide here.
 """
 
 import json
@@ -8,11 +9,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from qat.export.verify_cache import differing
+
 if TYPE_CHECKING:
+    from qat.export.cache import RecordedKeyValues
     from qat.export.fold import Recorded
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4", "I64": "<i8"}
@@ -24,13 +28,13 @@ class VerificationError(ValueError):
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """The comparison of one layer.
+    """The comparison of one layer, or of one attention's keys and values.
 
     Attributes:
         name: dotted.
-        shape: (out, in).
-        codes_differing: of out * in.
-        scales_differing: of out * groups, and a static input's.
+        shape: (out, in); of an attention (kv_heads, tokens compared, head_dim).
+        codes_differing: of out * in; of an attention, quantized keys and values.
+        scales_differing: of out * groups, and a static input's; of an attention's scales.
         problem: what prevented a comparison, or None.
     """
 
@@ -51,12 +55,14 @@ class LayerCheck:
         return f"{self.name}: {self.codes_differing} codes and {self.scales_differing} scales differ"
 
 
-def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[LayerCheck]:
+def verify(directory: str | Path, recorded: Mapping[str, "Recorded | RecordedKeyValues"]) -> list[LayerCheck]:
     """Compare codes and scales in a compressed-tensors directory with those that training used, bit for bit.
 
+    Keys and values have no codes in a file: those that training saw are quantized again, by what the directory says.
+
     Args:
-        directory: with `config.json` and the weights; only read.
-        recorded: of every quantized layer, as `qat.export.record` notes it.
+        directory: with `config.json`, `qat.json` and the weights; only read.
+        recorded: of every quantized layer and attention, as `qat.export.record` notes it.
 
     Returns:
         One result a layer, all passed.
@@ -66,12 +72,20 @@ def verify(directory: str | Path, recorded: Mapping[str, "Recorded"]) -> list[La
     """
     directory = Path(directory)
     settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
-    if settings is None:
+    side = json.loads((directory / "qat.json").read_text()) if (directory / "qat.json").is_file() else {}
+    cache = side.get("kv_cache")
+    if settings is None and not (cache and cache["dynamic"]):
         raise VerificationError(f"{directory / 'config.json'} has no quantization_config")
+    settings = settings or {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": []}
     own = settings["quant_method"] == "qat"
     tensors = read_safetensors(directory / ("qat.safetensors" if own else "model.safetensors"))
-    checks = [_check(name, tensors, settings, used) for name, used in recorded.items()]
-    stored = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    checks = [
+        _check_key_values(name, tensors, settings, cache, cast("RecordedKeyValues", used))
+        if hasattr(used, "key")
+        else _check(name, tensors, settings, cast("Recorded", used))
+        for name, used in recorded.items()
+    ]
+    stored = {n.rpartition(".")[0] for n in tensors if n.endswith((".weight_scale", ".k_scale", ".v_scale"))}
     for name in sorted(stored - set(recorded)):
         checks.append(LayerCheck(name, (), problem="quantized in the file, but training recorded nothing"))
     failed = [check for check in checks if not check.passed]
@@ -146,6 +160,17 @@ def _check(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, 
     if inputs is not None:
         differing += _differing(inputs.astype(np.float32), used.input_scale)
     return LayerCheck(name, shape, int((codes != used.codes.numpy()).sum()), differing)
+
+
+def _check_key_values(
+    name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], spec: Any, used: "RecordedKeyValues"
+) -> LayerCheck:
+    shape = tuple(used.key.x.shape)
+    try:
+        values, scales = differing(name, tensors, settings.get("kv_cache_scheme"), spec, used)
+    except LookupError as error:
+        return LayerCheck(name, shape, problem=str(error))
+    return LayerCheck(name, shape, values, scales)
 
 
 def _differing(stored: np.ndarray, used: Any) -> int:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.inference.key_values import PackedKeyValues
+
 
 @dataclass(frozen=True)
 class Span:
@@ -27,7 +29,8 @@ class Span:
 class KeyValueCache:
     """Preallocated keys and values of all layers.
 
-    `keys` and `values` are (layers, batch, kv_heads, capacity, head_dim).  Sequences are aligned on the right: row b is
+    `keys` and `values` are (layers, batch, kv_heads, capacity, head_dim), or rows of bytes in the place of head_dim
+    (`qat.inference.key_values`).  Sequences are aligned on the right: row b is
     padding before slot `start[b]`.  `length` counts the slots in use.
 
     Args:
@@ -102,7 +105,15 @@ class KeyValueCache:
         return Span(slice(begin, end), (slots - self.start[:, None]).clamp_(min=0), end, mask)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    packed: PackedKeyValues | None = None,
+) -> Tensor:
     """Store a layer's keys and values, and attend to all of the span.
 
     Query heads that share a key head stay a dimension of their own: keys are never repeated.
@@ -112,18 +123,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tens
         key, value: (batch, tokens, kv_heads, head_dim).
         keys, values: (batch, kv_heads, capacity, head_dim), one layer of a cache; written.
         span: where.
+        packed: what turns keys and values into rows of bytes and back, of a cache that holds those.
 
     Returns:
         (batch, tokens, heads * head_dim).
     """
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if packed is not None:
+        key, value = packed.write(key, value)
     for new, stored in ((key, keys), (value, values)):
-        new = new.transpose(1, 2)
         if isinstance(span.slots, slice):
             stored[:, :, span.slots] = new
         else:
             stored.index_copy_(2, span.slots, new)
     batch, tokens, heads, head_dim = query.shape
     keys, values = keys[:, :, : span.length], values[:, :, : span.length]
+    if packed is not None:
+        keys, values = packed.read(keys, values, query.dtype)
     if tokens == 1:  # the heads of a group are the queries of its key head
         grouped = query.view(batch, keys.shape[1], -1, head_dim)
         return F.scaled_dot_product_attention(grouped, keys, values, span.mask).reshape(batch, 1, -1)

@@ -30,6 +30,8 @@ def why_not(decoder: LlamaDecoder, batch: int = 1) -> str | None:
         return f"activations of {decoder.dtype}"
     if batch > MOST_ROWS:
         return f"a batch of {batch}"
+    if any(block.packed is not None for block in decoder.blocks):
+        return "keys and values in bytes"
     layers = [layer for block in decoder.blocks for layer in _linears(block)]
     if not any(isinstance(layer, PackedLinear) and layer.backend == "cpu" for layer in layers):
         return "no layer on backend cpu"

@@ -42,6 +42,34 @@ def foreign_schemes(weights: Path, settings: Mapping[str, Any]) -> dict[str, Qua
     return schemes
 
 
+def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec | None:
+    """How keys and values are quantized; None for float.
+
+    Args:
+        weights: the safetensors file.
+        scheme: the `kv_cache_scheme`.
+
+    Raises:
+        ValueError: in a way that a packed cache cannot hold.
+    """
+    if scheme is None:
+        return None
+    with safe_open(weights, "pt") as file:
+        scale = next((key for key in sorted(file.keys()) if key.endswith(".k_scale")), None)
+        dtype = None if scale is None else _SCALE_DTYPES.get(file.get_slice(scale).get_dtype())
+    strategy, dynamic, bits = (scheme.get(key) for key in ("strategy", "dynamic", "num_bits"))
+    granularity = {"tensor": "tensor", "attn_head": "head"}.get(strategy or "")
+    if dynamic or granularity is None or bits != 8 or dtype is None:
+        raise ValueError(
+            f"{weights}: keys and values are quantized in a way that qat cannot load (strategy {strategy}, dynamic "
+            f"{dynamic}, {bits} bits, scales {dtype}): only 8 bits with static scales of a tensor or head can be"
+        )
+    try:
+        return _spec({**scheme, "strategy": granularity}, scale_dtype=dtype, absmax_rule="qmax")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{weights}: keys and values are quantized in a way that qat cannot load: {error}") from error
+
+
 def _scheme(group: Mapping[str, Any], scale_dtype: Any) -> QuantScheme:
     inputs = group.get("input_activations")
     rule = {} if inputs is None else {"absmax_rule": "qmax"}

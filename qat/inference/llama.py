@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.attention import key_values
 from qat.inference.cache import KeyValueCache, Span, attend
 from qat.inference.cuda_backend import CudaLinear, GatedMlp
 from qat.inference.fusion import Separate, side_by_side
+from qat.inference.key_values import PackedKeyValues, row_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +47,14 @@ class Block(nn.Module):
         self.gated = isinstance(mlp, GatedMlp)
         self.gate_up = mlp.gate_up if self.gated else side_by_side([mlp.gate_proj, mlp.up_proj])
         self.out, self.down = attention.o_proj, mlp.down_proj
+        self.packed: PackedKeyValues | None = getattr(attention, "kv_cache", None)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """(batch, tokens, hidden) -> the same; `rotary` is cos and sin, (batch, tokens, 1, head_dim) each."""
         qkv = of_norm(self.qkv, self.norm, x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
         rotated, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
         query, key = rotate(rotated, *rotary).split([self.heads, self.kv_heads], 2)
-        x = plus(x, self.out, attend(query, key, value, keys, values, span))
+        x = plus(x, self.out, attend(query, key, value, keys, values, span, self.packed))
         gate_up = of_norm(self.gate_up, self.mlp_norm, x)
         return plus(x, self.down, gate_up if self.gated else swiglu(gate_up))
 
@@ -82,7 +85,7 @@ class LlamaDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of the cache."""
+        """Of activations, and of a cache that does not hold bytes."""
         return self.embedding.weight.dtype
 
     @property
@@ -104,7 +107,10 @@ class LlamaDecoder(nn.Module):
             raise ValueError(f"the model's attention slides over {self.window} tokens, {capacity} are asked for")
         first = self.blocks[0]
         assert isinstance(first, Block)
-        return KeyValueCache(len(self.blocks), batch, first.kv_heads, capacity, self.head_dim, self.dtype, self.device)
+        row, dtype = self.head_dim, self.dtype
+        if first.packed is not None:
+            row, dtype = row_bytes(first.packed.spec, row), torch.uint8
+        return KeyValueCache(len(self.blocks), batch, first.kv_heads, capacity, row, dtype, self.device)
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the first positions, (at least `positions`, head_dim) each, as transformers computes them."""
@@ -174,6 +180,8 @@ def unsupported(model: Any) -> str | None:
     config = model.config
     if config.hidden_act != "silu":
         return f"{name} with the activation {config.hidden_act}"
+    if key_values(model):
+        return f"{name} with fake-quantized keys and values"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return f"{name} with sliding attention in some layers"
     if (kind := model.model.rotary_emb.rope_type) in MOVING_ROTARY:

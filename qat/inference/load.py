@@ -22,13 +22,14 @@ from transformers.initialization import no_init_weights
 from qat.export.directory import SIDE_FILE, SIDE_VERSION, sha256, weights_file
 from qat.inference.cpu_backend import use_cpu_kernels
 from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
-from qat.inference.foreign import foreign_schemes
+from qat.inference.foreign import foreign_cache, foreign_schemes
+from qat.inference.key_values import pack_key_values
 from qat.inference.packed_layers import packed_layer
 from qat.inference.torch_backend import use_torch_operators
 from qat.kernels.build import BuildError
 from qat.kernels.pages import ask_for_huge_pages
 from qat.packing import pack
-from qat.scheme import QuantScheme
+from qat.scheme import QuantScheme, QuantSpec
 from qat.structure import fold_batch_norms, owners, unfuse_experts
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ def load_packed(
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, Any]:
     """The model in an exported directory, with its quantized layers packed, and its tokenizer.
+
+    Where keys and values were quantized, any cache of the model holds them as bytes (`qat.inference.key_values`).
 
     Args:
         directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
@@ -68,8 +71,8 @@ def load_packed(
         raise ValueError(f"backend {backend} runs on the CPU, not on {device}: use backend=reference")
     if backend == "cuda":
         require_cuda(torch.device(device))
-    schemes = _schemes(directory)
-    model = empty_model(directory, schemes, dtype)
+    schemes, cache = _schemes(directory)
+    model = empty_model(directory, schemes, dtype, cache)
     _fill(model, weights_file(directory), schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
@@ -93,15 +96,16 @@ def _use(backend: Backend, model: Any) -> None:
         use_torch_operators(model, model.dtype)
 
 
-def _schemes(directory: Path) -> dict[str, QuantScheme]:
-    """The scheme of each quantized layer, once the weights are known to be those that were exported."""
+def _schemes(directory: Path) -> tuple[dict[str, QuantScheme], QuantSpec | None]:
+    """Of each quantized layer, and of keys and values, once the weights are known to be those that were exported."""
     for path in (directory / "config.json", weights_file(directory)):
         if not path.is_file():
             raise ValueError(f"{path} is missing: not a directory that qat exported, or a partial copy")
     if not (directory / SIDE_FILE).is_file():
         log.warning("%s has no %s: not written by qat, so that damage goes unnoticed", directory, SIDE_FILE)
         settings = json.loads((directory / "config.json").read_text()).get("quantization_config", {"config_groups": {}})
-        return foreign_schemes(weights_file(directory), settings)
+        weights = weights_file(directory)
+        return foreign_schemes(weights, settings), foreign_cache(weights, settings.get("kv_cache_scheme"))
     try:
         side = json.loads((directory / SIDE_FILE).read_text())
     except ValueError as error:
@@ -113,7 +117,9 @@ def _schemes(directory: Path) -> dict[str, QuantScheme]:
         )
     for name, written in side["files"].items():
         _check_whole(directory / name, written)
-    return {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
+    cache = side.get("kv_cache")  # absent from what was exported before keys and values could be
+    schemes = {name: QuantScheme.from_dict(layer["scheme"]) for name, layer in side["layers"].items()}
+    return schemes, None if cache is None else QuantSpec(**cache)
 
 
 def _check_whole(path: Path, written: Mapping[str, Any]) -> None:
@@ -125,8 +131,12 @@ def _check_whole(path: Path, written: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: its SHA-256 is not the one in {SIDE_FILE}: changed since the export; copy it again")
 
 
-def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torch.dtype | None) -> Any:
+def empty_model(
+    directory: Path, schemes: Mapping[str, QuantScheme], dtype: torch.dtype | None, cache: QuantSpec | None = None
+) -> Any:
     """The architecture in a directory's config.json, with packed layers where `schemes` names them.
+
+    Keys and values are as `cache` says; in float where it is None.
 
     Parameters and packed tensors are allocated but not written; other buffers are computed.
     """
@@ -148,6 +158,8 @@ def empty_model(directory: Path, schemes: Mapping[str, QuantScheme], dtype: torc
             packed._buffers |= shared  # a table that embedding and output layer share
             shared = {"packed": packed.packed, "scale": packed.scale}
             model.set_submodule(owner, packed)
+    if cache is not None:
+        pack_key_values(model, cache)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
@@ -178,6 +190,8 @@ def _fill(model: Any, path: Path, schemes: Mapping[str, QuantScheme]) -> None:
 def _placed(name: str, value: Tensor, schemes: Mapping[str, QuantScheme]) -> tuple[str, Tensor]:
     """The name and value in our model of a stored tensor."""
     layer, _, kind = name.rpartition(".")
+    if kind in ("k_scale", "v_scale"):
+        return f"{layer}.kv_cache.{kind}", value
     if layer not in schemes:
         return name, value
     if kind == "weight":  # int-quantized: int8 codes

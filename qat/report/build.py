@@ -23,15 +23,16 @@ def build_summary(
 
     Args:
         facts: what the run was and made (recipe, scheme, seed, bytes, seconds, versions, ...), plain values.
-        losses: of each model on the test split, by the names in `LOSSES`.
+        losses: of each model on the test split, by the names in `LOSSES`, or those with a nested width (`qat_int4`).
         figures: estimates by the names in `FIGURES`; each adds `<name>`, `<name>_interval` and `<name>_reason`.
     """
     summary = dict(facts)
-    summary |= {f"{name}_loss": losses[name].loss if name in losses else None for name in LOSSES}
+    names = [*LOSSES, *(name for name in losses if name not in LOSSES)]  # the others: nested widths
+    summary |= {f"{name}_loss": losses[name].loss if name in losses else None for name in names}
     for name in FIGURES:
         figure = figures.get(name, Estimate(None, reason="nothing is quantized"))
         summary |= {name: figure.value, f"{name}_interval": figure.interval, f"{name}_reason": figure.reason}
-    summary["models"] = [_model(name, losses[name], losses["float"]) for name in LOSSES if name in losses]
+    summary["models"] = [_model(name, losses[name], losses["float"]) for name in names if name in losses]
     return _finite(summary)
 
 

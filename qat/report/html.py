@@ -23,7 +23,12 @@ _COLORS = {
     "float": "#040404", "ptq": "#050505", "qat": "#060606", "control": "#070707", "control_ptq": "#080808",
 }  # fmt: skip
 _DASHES = {"float": "-", "ptq": "--", "control": "-.", "control_ptq": ":"}
-_SHADE = {"ptq_mse": "ptq", "calibrated": "ptq", "packed": "qat"}  # variants take the colour of what they vary
+_SHADE = {
+    "ptq_mse": "ptq",
+    "calibrated": "ptq",
+    "sliced": "ptq",
+    "packed": "qat",
+}  # variants take the colour of what they vary
 
 # Not in the table of all.
 _DRAWN = ("models", "history", "train_history", "health", "layers", "sensitivity", "frontier", "path")
@@ -52,7 +57,7 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         verdict=verdict(summary),
         figures=figures(summary),
         times=shrinkage(summary),
-        titles={name: title(summary, name) for name in TITLES},
+        titles={name: title(summary, name) for name in (*TITLES, *(row["name"] for row in summary["models"]))},
         plots=_plots(summary),
         scalars=_scalars(summary),
     )
@@ -218,7 +223,7 @@ def _draw_models(axes: Any, summary: dict[str, Any]) -> str:
     spans = [(0.0, 0.0) if i is None or None in i else (1e3 * i[0], 1e3 * i[1]) for i in intervals]
     errors = [[v - s[0] if any(s) else 0 for v, s in zip(values, spans, strict=True)],
               [s[1] - v if any(s) else 0 for v, s in zip(values, spans, strict=True)]]  # fmt: skip
-    names = [_SHADE.get(row["name"], row["name"]) for row in rows]
+    names = [_SHADE.get(name, name) for name in (row["name"].partition("_int")[0] for row in rows)]
     _bars(
         axes, [title(summary, row["name"]) for row in rows], values,
         [n if n in _COLORS else "muted" for n in names],

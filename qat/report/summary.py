@@ -48,11 +48,18 @@ TITLES = {
     "control": "control",
     "control_ptq": "PTQ(control)",
     "packed": "packed",
+    "sliced": "PTQ, sliced",
 }
 
 
 def title(summary: dict[str, Any], name: str) -> str:
-    """What tables call the model `name` of a run: `PTQ (gptq)` for the calibrated one, where the run says by what."""
+    """What tables call the model `name` of a run: `PTQ (gptq)` for the calibrated one, where the run says by what.
+
+    At a nested width, `qat_int4`: `QAT, INT4`.
+    """
+    name, at, bits = name.partition("_int")
+    if at:
+        return f"{title(summary, name)}, INT{bits}"
     if name == "calibrated" and summary.get("calibration"):
         return f"PTQ ({summary['calibration']})"
     return TITLES.get(name, name)

@@ -211,17 +211,19 @@ def _text(row: dict[str, Any], name: str) -> str:
     return number(None if value is None else factor * value, digits, sign)
 
 
-def layers_table(rows: list[dict[str, Any]], float_bytes: int) -> Table:
+def layers_table(rows: list[dict[str, Any]], float_bytes: int, cache: str | None = None) -> Table:
     """The layers of a packed model, with totals.
 
     Args:
         rows: name, scheme, shape, bytes, float_bytes (at 16 bits), scale_range, and error (None: no column).
         float_bytes: of the parameters that are not packed.
+        cache: how keys and values are quantized, as `qat.scheme.cache_spec` names it; None for float.
     """
     packed, whole = sum(row["bytes"] for row in rows), sum(row["float_bytes"] for row in rows)
     smaller = f", 1/{number(whole / packed, 2)} of their 16-bit size" if packed else ""
+    kept = f", keys and values {cache}" if cache else ""
     table = Table(
-        title=f"{len(rows)} packed layers{smaller}", title_justify="left",
+        title=f"{len(rows)} packed layers{smaller}{kept}", title_justify="left",
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True,
     )  # fmt: skip
     table.add_column("layer", "packed\nleft in float\ntotal", overflow="fold")

@@ -12,6 +12,7 @@ from qat.estimators import LSQ, STE
 from qat.functional import quantize, store_scale
 from qat.insertion import layers, plan
 from qat.packing import unpack
+from qat.scheme import QuantScheme
 
 LOADERS = digits()
 
@@ -127,6 +128,8 @@ def test_other_kinds_of_layers_and_adapters_are_refused_by_name():
     ScalesOnly().check(Classifier(), chosen, quantization())
     with pytest.raises(ValueError, match=r"network\.0 has an adapter"):
         trainer(quantization(), LoRA(r=2), ScalesOnly()).fit(Classifier(), LOADERS[0])
+    with pytest.raises(ValueError, match=r"network\.0 has nested widths"):
+        ScalesOnly().check(Classifier(), {"network.0": QuantScheme.parse("w8.4a16-g32")}, quantization())
     with pytest.raises(ValueError, match="ScalesOnly needs a QuantizationAwareTraining callback"):
         trainer(ScalesOnly()).fit(Classifier(), LOADERS[0])
     with pytest.raises(ValueError, match="under LoRA or scales-only"):
