@@ -54,7 +54,7 @@ METHODS = {
     "rotation, mse": Rotation("rotation, mse", then=MSE),
     "rotation, gptq": Rotation("rotation, gptq"),
     "adaround": Reconstruction(first=CALIBRATIONS["weighted_mse"]),
-    "block ap": Reconstruction("block ap", learn="weights", lr=1e-4),
+    "block ap": Reconstruction("block ap", learn="weights", lr=3e-4),
 }
 INT8_INPUT = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
 SCHEMES = {
