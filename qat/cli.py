@@ -359,7 +359,8 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
             weight = whole.get(f"{name}.weight")
             if weight is None or list(weight.shape) != row["shape"]:
                 raise ValueError(f"{against} has no layer {name} of shape {row['shape']}: is it the same architecture?")
-            found = dequantize(unpack(layer.packed, layer.scheme.weight.bits, layer.in_features), layer.scale)
+            spec = layer.scheme.weight
+            found = dequantize(unpack(layer.packed, spec.bits, layer.in_features, spec.spacing), layer.scale)
             row["error"] = float((found - weight.float()).norm() / weight.float().norm())
         rows.append(row)
     return rows

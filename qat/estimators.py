@@ -11,12 +11,14 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
         dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
     PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
+    SEQ (arXiv 2502.02631, section 3.2):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
+    LSQ+ (arXiv 2004.09576, section 3.1), v = (x - offset) / s:  LSQ, and
+        d offset = scale_gradient * sum of g outside
+
 Where codes are the high bits of wider ones (`QuantSpec.at`), s is step times the stored scale: dx is that of an
 ordinary quantizer of this width, straight through both roundings, and that of the stored scale is step * ds.
 
-All of them end in codes and a scale, which is what artifacts hold.  Not here, because no artifact could hold what they
-train: learned zero points (LSQ+, arXiv 2004.09576) and levels between the integers (stretched elastic quantization,
-arXiv 2502.02631).
+All of them end in codes, a scale and an integer zero point, which is what artifacts hold.
 
 An estimator is a small frozen value without state, shared by all quantizers of a model.
 """
@@ -50,8 +52,14 @@ class Estimator(Protocol):
         """The estimator after `progress`, from 0 to 1, of the steps that train through quantizers."""
         return self
 
+    def margin(self, spec: QuantSpec) -> float:
+        """How far beyond the outermost codes of `spec` the gradient of x still passes, in scales."""
+        return 0.0
+
     def refusal(self, spec: QuantSpec) -> str | None:
         """Why a tensor of `spec` cannot be trained so; None if it can."""
+        if not spec.symmetric:
+            return f"{type(self).__name__} knows no zero point, and the spec is asymmetric: use estimator=lsq_plus"
         return None
 
     def scale(self, x: Tensor, stored: Tensor, spec: QuantSpec) -> Tensor:
@@ -65,14 +73,14 @@ class Estimator(Protocol):
         ...
 
 
-def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Whether x / scale lies in [qmin, qmax]; bool, x's shape."""
+def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
+    """Whether x / scale lies in [qmin, qmax], or at most `margin` beyond; bool, x's shape."""
     view, divisor = grouped(x.float(), scale)
-    return _inside(view / divisor, spec).flatten(-2)
+    return _inside(view / divisor, spec, margin).flatten(-2)
 
 
-def _inside(ratio: Tensor, spec: QuantSpec) -> Tensor:
-    return (ratio >= spec.qmin) & (ratio <= spec.qmax)
+def _inside(ratio: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
+    return (ratio >= spec.qmin - margin) & (ratio <= spec.qmax + margin)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class LSQ(Estimator):
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
         codes = round_clamp(ratio.clone(), spec)
-        slope = self._slope(ratio, _inside(ratio, spec))
+        slope = self._slope(ratio, _inside(ratio, spec, self.margin(spec)))
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * slope).flatten(-2).to(grad.dtype)
         if not needs_scale:
@@ -165,6 +173,61 @@ class LSQ(Estimator):
 
 
 @dataclass(frozen=True)
+class SEQ(LSQ):
+    """Stretched elastic quantization (arXiv 2502.02631, section 3.2): LSQ for grids of few levels.
+
+    The paper's k levels are those of alpha * (round(clip(w / alpha, -1, 1) * k / 2 - 1/2) + 1/2) * 2 / k: they fill
+    [-alpha, alpha] evenly, and a weight gets its gradient in all of it, the outer halves of the outermost bins too,
+    which LSQ clips.  Its alpha is 2^bits scales here on the odd grid (k = 4 at 2 bits, the levels +-1/4 and +-3/4 of
+    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, so that 0 is a level).  The full grid, which
+    is not symmetric around zero, is left to LSQ, as in the paper.
+    """
+
+    def margin(self, spec: QuantSpec) -> float:
+        return 0.0 if spec.grid == "full" else spec.spacing / 2
+
+
+@dataclass(frozen=True)
+class LSQPlus(LSQ):
+    """LSQ that learns the offset of asymmetric activations too (LSQ+, arXiv 2004.09576, section 3.1).
+
+    The paper's x = code * s + offset is computed, from the first step on, with the offset rounded to a whole number of
+    scales: (code - z) * s, z = `qat.functional.zero_point`.  The rounding is passed straight through, so gradients are
+    the paper's.  Symmetric tensors are trained as by LSQ.
+
+    Raises:
+        ValueError: `relative`: an offset has no logarithm.
+    """
+
+    def __post_init__(self) -> None:
+        if self.relative:
+            raise ValueError("LSQPlus learns offsets, which have no logarithm: relative must be false")
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        return None
+
+    def backward_shifted(
+        self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (..., in), of the scale and of the offset (..., groups), given that of fq(x).
+
+        Args:
+            grad, x: (..., in), floating.
+            scale, zero_point: (..., groups), float32.
+            spec: of x.
+        """
+        view, divisor = grouped(x.float(), scale)
+        ratio, zero = view / divisor, zero_point.unsqueeze(-1)
+        inside = (ratio >= spec.qmin - zero) & (ratio <= spec.qmax - zero)
+        grad_view = grad.float().unflatten(-1, view.shape[-2:])
+        rounded = ratio.round()
+        slope = torch.where(inside, rounded - ratio, (rounded + zero).clamp_(spec.qmin, spec.qmax))
+        of_scale = self._as_learned(slope.mul_(grad_view).sum(-1), x.numel(), scale, spec)
+        of_offset = self._as_learned(grad_view.mul(~inside).sum(-1), x.numel(), scale, spec)
+        return (grad_view * inside).flatten(-2).to(grad.dtype), of_scale, of_offset
+
+
+@dataclass(frozen=True)
 class DSQ(LSQ):
     """LSQ whose gradient hardens: from a straight line at first towards the staircase that forward always is.
 
@@ -194,13 +257,15 @@ class DSQ(LSQ):
         """k now."""
         return self.start * (self.end / self.start) ** self.progress
 
-    def at(self, progress: float) -> "DSQ":
-        return replace(self, progress=progress)
-
     def refusal(self, spec: QuantSpec) -> str | None:
+        if spec.grid == "odd":
+            return "DSQ's staircase stands on the integers, and the odd grid does not: use estimator=seq or lsq"
         if spec.element == "float":
             return "DSQ's staircase has even steps, and FP8's are not: use estimator=lsq, or kv_cache=int8"
-        return None
+        return super().refusal(spec)
+
+    def at(self, progress: float) -> "DSQ":
+        return replace(self, progress=progress)
 
     def _slope(self, ratio: Tensor, inside: Tensor) -> Tensor:
         k = self.sharpness
@@ -224,7 +289,7 @@ class PACT(Estimator):
             return f"PACT learns where to clip static activations, and a scale for each {spec.granularity} is not that"
         if spec.nested:
             return f"PACT learns one level to clip at, and {list(spec.widths)} bits clip at one each: use estimator=lsq"
-        return None
+        return super().refusal(spec)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, spec: QuantSpec, needs_scale: bool
@@ -253,3 +318,21 @@ class FakeQuantize(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         grad_x, grad_scale = ctx.estimator.backward(grad, x, scale, ctx.spec, ctx.needs_input_grad[1])
         return grad_x, grad_scale, None, None, None
+
+
+class FakeQuantizeShifted(torch.autograd.Function):
+    """fq(x) of asymmetric activations, with the gradients of LSQ+."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, stored: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec,
+        estimator: LSQPlus,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.spec, ctx.estimator = spec, estimator
+        return fake_quantize(x, scale, spec, zero_point)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale, zero_point = ctx.saved_tensors
+        return *ctx.estimator.backward_shifted(grad, x, scale, zero_point, ctx.spec), None, None, None, None

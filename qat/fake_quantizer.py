@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.estimators import Estimator, FakeQuantize
-from qat.functional import dynamic_scale, quantize, store_scale
+from qat.estimators import Estimator, FakeQuantize, FakeQuantizeShifted
+from qat.functional import dynamic_scale, quantize, store_scale, zero_point
 from qat.observers import MinMax
 from qat.packing import pack
 from qat.scheme import QuantSpec
@@ -59,7 +59,8 @@ class Stage(IntEnum):
 class FakeQuantizer(nn.Module):
     """The scale of one tensor, float32 whatever the model's dtype, and its stage.
 
-    State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one;
+    State: `scale` (out, groups) for a weight, (1,) for a static activation, absent for a dynamic one; `offset` (1,) of
+    an asymmetric activation, the value of code 0 (`qat.functional.zero_point`);
     `stage`, a uint8 buffer, so that a checkpoint carries it; `packed` (out, words) int32, once codes are held.
     `spec` is in no checkpoint: that of the width at which forward quantizes now, one of those that `full` nests.
 
@@ -71,6 +72,7 @@ class FakeQuantizer(nn.Module):
     """
 
     scale: Tensor | None
+    offset: Tensor | None
     stage: Tensor
     packed: Tensor | None
 
@@ -84,6 +86,8 @@ class FakeQuantizer(nn.Module):
         self.recorder: Callable[[Tensor, Tensor, Tensor], None] | None = None
         scale = None if spec.dynamic else nn.Parameter(torch.ones(scale_shape, dtype=torch.float32, device=device))
         self.register_parameter("scale", scale)
+        offset = None if spec.symmetric else nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32, device=device))
+        self.register_parameter("offset", offset)
         self.register_buffer("stage", torch.zeros((), dtype=torch.uint8, device=device))
         self.register_buffer("packed", None)
         self.set_stage(Stage.FLOAT)
@@ -92,9 +96,15 @@ class FakeQuantizer(nn.Module):
         """Enter `stage`."""
         if self.stage.device.type != "meta":
             self.stage.fill_(int(stage))
+        self._observed: Tensor | None = None  # last: layers that share a quantizer show it the same input
         self._current = stage  # a copy for forward, which must not wait for a device to read a buffer
-        if self.scale is not None:
-            self.scale.requires_grad_(self.estimator.learns_scale and stage != Stage.FROZEN)
+        for learned in self.learned:
+            learned.requires_grad_(self.estimator.learns_scale and stage != Stage.FROZEN)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """The scale and the offset, as far as it has them."""
+        return [part for part in (self.scale, self.offset) if part is not None]
 
     @property
     def current_stage(self) -> Stage:
@@ -105,7 +115,7 @@ class FakeQuantizer(nn.Module):
     def hold(self, weight: Tensor) -> None:
         """Keep the codes of `weight` (out, in), packed; they are constants from now on."""
         codes = quantize(weight, self.weight_scale(weight), self.spec)
-        self.packed = pack(codes.to(torch.int8), self.spec.bits)
+        self.packed = pack(codes.to(torch.int8), self.spec.bits, self.spec.spacing)
 
     @property
     def active(self) -> bool:
@@ -113,11 +123,12 @@ class FakeQuantizer(nn.Module):
         return self._current >= Stage.TRAIN
 
     @torch.no_grad()
-    def set_scale(self, scale: Tensor) -> None:
-        """Overwrite the scale.
+    def set_scale(self, scale: Tensor, offset: Tensor | None = None) -> None:
+        """Overwrite the scale, and the offset where there is one.
 
         Args:
             scale: the quantizer's scale shape, floating.
+            offset: the same; None for symmetric tensors.
 
         Raises:
             ValueError: a scale is not finite.
@@ -126,6 +137,15 @@ class FakeQuantizer(nn.Module):
             raise ValueError(f"a scale is NaN or beyond the range of {self.spec.scale_dtype}")
         assert self.scale is not None and self.scale.shape == scale.shape, (self.scale, scale.shape)
         self.scale.copy_(scale)
+        assert (self.offset is None) == (offset is None), "an offset goes with asymmetric tensors, and only with them"
+        if self.offset is not None and offset is not None:
+            self.offset.copy_(offset)
+
+    def static_qparams(self) -> tuple[Tensor, Tensor | None]:
+        """What a forward quantizes static activations with: the scale (1,) and the zero point (1,) or None, float32."""
+        assert self.scale is not None
+        scale = store_scale(self.scale.detach(), self.spec)
+        return scale, None if self.offset is None else zero_point(self.offset.detach(), scale, self.spec)
 
     def weight_scale(self, weight: Tensor, every: int = 1) -> Tensor:
         """The scale this forward quantizes `weight` (out, in) with: (out, groups), float32, as an artifact stores it.
@@ -150,8 +170,8 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
-        if self._current == Stage.OBSERVE and self.observer is not None:
-            rows = self.rows(x)
+        if self._current == Stage.OBSERVE and self.observer is not None and x is not self._observed:
+            rows, self._observed = self.rows(x), x
             if rows.numel():
                 self.observer.observe(rows)
         if not self.active:
@@ -160,9 +180,12 @@ class FakeQuantizer(nn.Module):
             scale = self.dynamic_scale(x)
             return FakeQuantize.apply(x, scale, scale, self.spec, self.estimator)
         # One scale for the tensor, or one for each head; the last dimension is its only group.
-        stored = self.scale.expand(*x.shape[:-1], 1)
-        scale = store_scale(stored.detach(), self.spec)
-        return FakeQuantize.apply(x, stored, scale, self.spec, self.estimator)
+        shape = *x.shape[:-1], 1
+        stored, (scale, zero) = self.scale.expand(shape), self.static_qparams()
+        if self.offset is None or zero is None:
+            return FakeQuantize.apply(x, stored, scale.expand(shape), self.spec, self.estimator)
+        qparams = stored, self.offset.expand(shape), scale.expand(shape), zero.expand(shape)
+        return FakeQuantizeShifted.apply(x, *qparams, self.spec, self.estimator)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FakeQuantizer":
         """Follow the model to another device, never to another dtype: bf16 scales lose small updates."""

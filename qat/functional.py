@@ -55,17 +55,35 @@ def grouped(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return x.unflatten(-1, (scale.shape[-1], -1)), scale.unsqueeze(-1)
 
 
-def quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of x: clamp(round(x / scale), qmin, qmax); of floats, the nearest e4m3 number to clamp(x / scale).
+def zero_point(offset: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The code of 0 where code q stands for about q * scale + offset: clamp(round(-offset / scale), qmin, qmax).
+
+    Args:
+        offset: any shape, float32.
+        scale: the same shape, as `store_scale` returns it.
+
+    Returns:
+        Same shape, float32 holding integers.
+    """
+    return (-offset / scale).round_().clamp_(spec.qmin, spec.qmax)
+
+
+def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> Tensor:
+    """Codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
+
+    On the odd grid, round to the nearest odd integer; of floats, the nearest e4m3 number to clamp(x / scale).
 
     Args:
         x: (..., in), floating.
         scale: (..., groups), float32, not zero, as `store_scale` returns it.
+        zero_point: the shape of scale, float32 holding integers; None for 0.
 
     Returns:
         (..., in), float32 holding integers, or e4m3 numbers, in [qmin, qmax]: `code_dtype` holds them exactly.
     """
     view, divisor = grouped(x.float(), scale)
+    if zero_point is not None:  # after rounding, as servers add it
+        return (view / divisor).round_().add_(zero_point.unsqueeze(-1)).clamp_(spec.qmin, spec.qmax).flatten(-2)
     return round_clamp(view / divisor, spec).flatten(-2)
 
 
@@ -80,6 +98,8 @@ def round_clamp(ratio: Tensor, spec: QuantSpec) -> Tensor:
     """
     if spec.element == "float":
         return ratio.copy_(ratio.clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn))
+    if spec.grid == "odd":  # exact, and halfway between two codes, an even integer, the upper one
+        return ratio.div_(2).floor_().mul_(2).add_(1).clamp_(spec.qmin, spec.qmax)
     if spec.sliced_from is not None:
         ratio = round_clamp(ratio.mul_(spec.step), spec.parent).div_(spec.step)
     return ratio.round_().clamp_(spec.qmin, spec.qmax)
@@ -104,17 +124,21 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return (view * factor).flatten(-2)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> Tensor:
     """dequantize(quantize(x)) in x's dtype: what training computes with.
 
     Args:
         x: (..., in), floating.
         scale: (..., groups), float32.
+        zero_point: as of `quantize`.
 
     Returns:
         (..., in), x's dtype.
     """
-    return dequantize(quantize(x, scale, spec), scale).to(x.dtype)
+    codes = quantize(x, scale, spec, zero_point)
+    if zero_point is not None:
+        codes = grouped(codes, scale)[0].sub_(zero_point.unsqueeze(-1)).flatten(-2)
+    return dequantize(codes, scale).to(x.dtype)
 
 
 def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -11,7 +11,7 @@ from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
-from qat.structure import fold_batch_norms, fused_experts, owners, unfuse_experts
+from qat.structure import fold_batch_norms, fused, fused_experts, owners, unfuse_experts
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -109,7 +109,8 @@ def plan(
             problems.append(f"{name}: {error}")
         chosen[name] = kind.fitted(scheme)
         # What has no input to quantize, an embedding, is not asked for one.
-        inputs = (scheme.input, input_estimator if kind.multiplies else None)
+        of_inputs = input_estimator if scheme.input is None else input_estimator or estimator
+        inputs = (scheme.input, of_inputs if kind.multiplies else None)
         for spec, chooses in ((scheme.weight, estimator), inputs):
             if chooses is not None and (why := _refusal(chooses, spec)) is not None:
                 problems.append(f"{name}: {why}")
@@ -171,7 +172,8 @@ def insert(
     """Fake-quantize the layers that `schemes` names, and keys and values where it says so, in place.
 
     The model's function does not change until its quantizers leave `Stage.FLOAT`.  Parameters, their names,
-    hooks and references stay; safe on the meta device.
+    hooks and references stay; safe on the meta device.  Layers that servers run as one (`qat.structure.fused`) have one
+    quantizer for static activations: a fused layer quantizes its input once.
 
     Args:
         model: any module.
@@ -187,11 +189,16 @@ def insert(
     """
     estimator = estimator if estimator is not None else LSQ()
     tables: dict[int, FakeQuantizer] = {}
-    for name, scheme in plan(model, schemes, estimator, input_estimator).items():
+    chosen = plan(model, schemes, estimator, input_estimator)
+    leaders = {name: group[0] for group in fused(chosen) for name in group}
+    for name, scheme in chosen.items():
         module = model.get_submodule(name)
         shared = tables.get(id(module.weight))
         layer = LAYERS[type(module)].adopt(module, scheme, estimator, input_estimator, shared)
         tables[id(module.weight)] = layer.weight_quantizer
+        leader = leaders.get(name, name)
+        if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
+            layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
     if schemes.kv_cache is not None:
         device = next(model.parameters()).device
         for attention in attentions(model).values():

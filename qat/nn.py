@@ -107,7 +107,7 @@ class _HeldProduct(torch.autograd.Function):
         kind, spec = x.device.type, quantizer.spec
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
         scale = store_scale(stored.detach(), spec)
-        codes = unpack(quantizer.packed, spec.bits, x.shape[-1])
+        codes = unpack(quantizer.packed, spec.bits, x.shape[-1], spec.spacing)
         weight = dequantize(codes, scale)
         if quantizer.recorder is not None:
             quantizer.recorder(codes, scale, weight)
@@ -118,7 +118,10 @@ class _HeldProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, stored, packed = ctx.saved_tensors
-        scale, codes = store_scale(stored.detach(), ctx.spec), unpack(packed, ctx.spec.bits, x.shape[-1])
+        scale, codes = (
+            store_scale(stored.detach(), ctx.spec),
+            unpack(packed, ctx.spec.bits, x.shape[-1], ctx.spec.spacing),
+        )
         flat, grad_x, grad_scale, grad_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dequantize(codes, scale).to(grad.dtype)
@@ -248,7 +251,7 @@ class FakeQuantLayer(nn.Module):
         """What is quantized, (out, in): the matrix, with the adapter where there is one."""
         quantizer = self.weight_quantizer
         if quantizer.packed is not None and quantizer.scale is not None:
-            codes = unpack(quantizer.packed, quantizer.spec.bits, self.weight.shape[1])
+            codes = unpack(quantizer.packed, quantizer.spec.bits, self.weight.shape[1], quantizer.spec.spacing)
             return dequantize(codes, store_scale(quantizer.scale.detach(), quantizer.spec))
         return adapted(self.matrix, self.lora_A, self.lora_B, self.scaling)
 

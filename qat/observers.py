@@ -1,4 +1,4 @@
-"""Observers watch values and answer with a scale.
+"""Observers watch values and answer with a scale, and with an offset where the spec is asymmetric.
 
 Each observes rows of values that will share a scale, (rows, n), any number of times, and then gives
 one scale a row.  For a weight the rows are its groups; for an activation there is one row.
@@ -7,12 +7,12 @@ one scale a row.  For a weight the rows are its groups; for an activation there 
 import torch
 from torch import Tensor
 
-from qat.functional import absmax_scale, fake_quantize, store_scale
+from qat.functional import absmax_scale, fake_quantize, store_scale, zero_point
 from qat.scheme import QuantSpec
 
 
 class MinMax:
-    """The largest absolute value ever seen.
+    """The largest absolute value ever seen; for an asymmetric spec, how far values reach below 0 and above.
 
     Args:
         spec: of the tensor that is observed.
@@ -20,12 +20,18 @@ class MinMax:
 
     def __init__(self, spec: QuantSpec):
         self.spec = spec
-        self.absmax: Tensor | None = None
+        self.reach: Tensor | None = None  # (rows, 1), or (rows, 2): below, above; not negative
 
     def observe(self, values: Tensor) -> None:
         """Watch `values` (rows, n), floating."""
-        seen = values.detach().abs().amax(-1).float()
-        self.absmax = seen if self.absmax is None else torch.maximum(self.absmax, seen)
+        seen = self._reach(values)
+        self.reach = seen if self.reach is None else torch.maximum(self.reach, seen)
+
+    def _reach(self, values: Tensor) -> Tensor:
+        if self.spec.symmetric:
+            return values.detach().abs().amax(-1, keepdim=True).float()
+        low, high = values.detach().aminmax(dim=-1)
+        return torch.stack([-low, high], -1).float().clamp_(min=0)
 
     def scale(self) -> Tensor:
         """(rows,), float32.
@@ -33,11 +39,25 @@ class MinMax:
         Raises:
             ValueError: nothing was observed, or a value was not finite.
         """
-        if self.absmax is None:
+        if self.reach is None:
             raise ValueError("no value was observed: the calibration data has no usable token")
-        if not torch.isfinite(self.absmax).all():
+        if not torch.isfinite(self.reach).all():
             raise ValueError("NaN or infinite values were observed")
-        return absmax_scale(self.absmax, self.spec)
+        return self._covering(self.reach)
+
+    def _covering(self, reach: Tensor) -> Tensor:
+        """The scales (rows,) whose codes cover `reach`."""
+        if self.spec.symmetric:
+            return absmax_scale(reach[:, 0], self.spec)
+        return store_scale(reach.sum(-1) / (self.spec.qmax - self.spec.qmin), self.spec)
+
+    def offset(self, scale: Tensor) -> Tensor | None:
+        """The offsets (rows,) that go with `scale`, float32: qmin is the smallest value.  None for symmetric specs."""
+        return None if self.spec.symmetric else self._offset(self.reach, scale)
+
+    def _offset(self, reach: Tensor | None, scale: Tensor) -> Tensor:
+        assert reach is not None
+        return -reach[:, 0] - self.spec.qmin * scale
 
 
 class EMA(MinMax):
@@ -53,8 +73,8 @@ class EMA(MinMax):
         self.momentum = momentum
 
     def observe(self, values: Tensor) -> None:
-        seen = values.detach().abs().amax(-1).float()
-        self.absmax = seen if self.absmax is None else self.momentum * self.absmax + (1 - self.momentum) * seen
+        seen = self._reach(values)
+        self.reach = seen if self.reach is None else self.momentum * self.reach + (1 - self.momentum) * seen
 
 
 # The search goes a little beyond absmax: with absmax / 7.5 the largest weight is clipped to code 7.
@@ -105,12 +125,14 @@ class MSE(MinMax):
     def scale(self) -> Tensor:
         start = super().scale()
         values = torch.cat(self.values, -1)
+        if not self.spec.symmetric:
+            return self._shrink_ends(values)
         sample = self._sample(values.shape[-1])
         importance = torch.cat(self.importance, -1)[..., sample] if self.importance else None
         values = values[..., sample]
         assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
         best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
-        signs = (1, -1) if self.signed else (1,)
+        signs = (1, -1) if self.signed and self.spec.grid == "full" else (1,)  # others have no unpaired code
         coarse = [sign * ratio for sign in signs for ratio in self.ratios]
         for tried in (coarse, torch.linspace(-self.coarse, self.coarse, _REFINED).tolist()):
             middle = torch.zeros_like(best) if tried is coarse else best.clone()
@@ -123,6 +145,26 @@ class MSE(MinMax):
                 better = error < least
                 best, least = torch.where(better, middle + ratio, best), torch.where(better, error, least)
         return store_scale(start * best, self.spec)
+
+    def _shrink_ends(self, values: Tensor) -> Tensor:
+        """Of an asymmetric tensor: shrink what is covered above 0, then below, each to the least squared error."""
+        values, reach = values[..., self._sample(values.shape[-1])], self.reach
+        assert reach is not None
+        for end in (1, 0):
+            whole, best = reach.clone(), reach
+            least = torch.full_like(reach[:, 0], torch.inf)
+            for ratio in self.ratios:
+                tried = whole.clone()
+                tried[:, end] *= ratio
+                scale = self._covering(tried)
+                zero = zero_point(self._offset(tried, scale), scale, self.spec)
+                found = fake_quantize(values, scale[:, None], self.spec, zero[:, None])
+                error = found.sub_(values).square_().sum(-1)
+                best = torch.where((error < least)[:, None], tried, best)
+                least = torch.minimum(error, least)
+            reach = best
+        self.reach = reach
+        return self._covering(reach)
 
 
 # Rows of a weight searched at a time: bounds the memory of the search to a few times 32 MB.

@@ -11,6 +11,8 @@ j * b ... j * b + b - 1 of the row's stream; bit i of the stream is bit i % 32 o
              word 1
              |u21[0]|  u20 | ...            |  u12 |  u11 |u10[2]|
 
+Odd codes (spacing 2; at 2 bits -3, -1, 1, 3) take no more room: u counts them from the smallest, (q + 2^b - 1) / 2.
+
 What is left of the last word is zero.  This is `weight_packed` of compressed-tensors' `pack-quantized`; on a
 little-endian machine the words of 8-bit codes are bytes u0, u1, ..., those of 4-bit codes u0 | u1 << 4, ...
 """
@@ -27,23 +29,28 @@ def words_of(in_features: int, bits: int) -> int:
     return -(-in_features * bits // 32)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, spacing: int = 1) -> Tensor:
     """Pack the rows of `codes`.
 
     Args:
         codes: (out, in), integers in [-2^(bits-1), 2^(bits-1) - 1], any integer dtype.
         bits: 2 to 8.
+        spacing: 2 for codes that are odd integers in [1 - 2^bits, 2^bits - 1].
 
     Returns:
         (out, ceil(in * bits / 32)), int32.
 
     Raises:
-        ValueError: a wrong width, dtype or shape, or a code beyond the width.
+        ValueError: a wrong width, dtype or shape, or a code beyond the width, or even where `spacing` is 2.
     """
     _check_bits(bits)
     if codes.ndim != 2 or codes.is_floating_point():
         raise ValueError(f"codes must be integers of shape (out, in), got {codes.dtype} {tuple(codes.shape)}")
     half = 2 ** (bits - 1)
+    if spacing == 2:
+        if not bool((codes & 1).all()):
+            raise ValueError("codes of spacing 2 must be odd")
+        codes = codes >> 1
     if codes.numel() and not (-half <= int(codes.min()) and int(codes.max()) < half):
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
     period, words = _period(bits)
@@ -57,13 +64,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten(1)[:, : words_of(codes.shape[1], bits)].contiguous()
 
 
-def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, in_features: int, spacing: int = 1) -> Tensor:
     """The codes that `pack` packed.
 
     Args:
         packed: (out, ceil(in_features * bits / 32)), int32.
         bits: 2 to 8.
         in_features: codes in a row.
+        spacing: as it was packed with.
 
     Returns:
         (out, in_features), int8.
@@ -86,7 +94,8 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
         if shift + bits > 32:
             value = value & (2 ** (32 - shift) - 1) | stream[..., word + 1] << (32 - shift)
         codes[..., j] = (value & (2**bits - 1)) - 2 ** (bits - 1)
-    return codes.flatten(1)[:, :in_features].contiguous()
+    codes = codes.flatten(1)[:, :in_features].contiguous()
+    return codes if spacing == 1 else codes.mul_(2).add_(1)
 
 
 def _period(bits: int) -> tuple[int, int]:

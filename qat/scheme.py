@@ -14,8 +14,9 @@ Element = Literal["int", "float"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 AbsmaxRule = Literal["half_range", "qmax"]
 Kind = Literal["linear", "embedding", "conv"]
+Grid = Literal["full", "narrow", "odd"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no `grid`
 _E4M3_MAX = 448  # 1.75 * 2^8: the code above it, 1.875 * 2^8, is NaN
 
 
@@ -26,21 +27,25 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one tensor is quantized: signed symmetric numbers with a scale.
+    """How one tensor is quantized: signed numbers (codes), less a zero point where there is one, times a scale.
 
     Attributes:
         bits: width, 2 to 8; 8 for floats.
+        grid: which integers are codes.  `full`: all that `bits` hold, from -2^(bits-1).  `narrow`: all but that one,
+            symmetric around zero; ternary at 2 bits.  `odd`: the 2^bits odd integers around zero (-3, -1, 1, 3 at
+            2 bits), symmetric and without zero, the scale being half a step (arXiv 2502.02631, section 3.2).
         granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
             `group_size` consecutive inputs of one channel, or a `token` (activations); of keys and values a `head`, or
             a `token` in a head.
         group_size: for `granularity="group"` only.
-        symmetric: True; zero points are not implemented.
+        symmetric: the zero point is 0.  False, for static activations only: an integer, such that 0 is a value.
         dynamic: the scale is computed from each tensor as it comes (activations), not trained.
         scale_dtype: what the artifact stores; scales are rounded to it before codes are computed,
             in training too.
         absmax_rule: the scale that covers an absolute maximum a: `half_range` is
-            a / ((qmax - qmin) / 2), compressed-tensors' rule; `qmax` is a / qmax, which clips nothing
-            and is what servers' dynamic INT8 kernels use.
+            a / ((2^bits - 1) / 2), compressed-tensors' rule, and a / 2^bits on the odd grid, whose outermost bins end
+            there; `qmax` is a / qmax, which clips nothing and is what servers' dynamic INT8 kernels use.  Of floats
+            both are a / qmax.
         element: `int`, or `float`: OCP FP8 e4m3 without infinities (arXiv 2209.05433, table 1), whose largest value is
             448; for keys and values only.
         nested: narrower widths that the same codes serve by their high bits (`at`); kept the widest first.
@@ -52,6 +57,7 @@ class QuantSpec:
 
     bits: int
     granularity: Granularity
+    grid: Grid = "full"
     group_size: int | None = None
     symmetric: bool = True
     dynamic: bool = False
@@ -65,11 +71,14 @@ class QuantSpec:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         _check_choice("granularity", self.granularity, Granularity)
+        _check_choice("grid", self.grid, Grid)
         _check_choice("scale_dtype", self.scale_dtype, ScaleDtype)
         _check_choice("absmax_rule", self.absmax_rule, AbsmaxRule)
         _check_choice("element", self.element, Element)
-        if self.element == "float" and self.bits != 8:
-            raise ValueError(f"element='float' with bits={self.bits}: floats have 8 bits (e4m3)")
+        if self.element == "float" and (self.bits != 8 or self.grid != "full"):
+            raise ValueError(f"element='float' with bits={self.bits} and grid={self.grid!r}: floats have 8 bits (e4m3)")
+        if self.grid == "odd" and self.bits == 8:
+            raise ValueError("grid='odd' at 8 bits: its codes, up to 255, do not fit INT8; use grid='full'")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
                 f"granularity={self.granularity!r} with group_size={self.group_size}: "
@@ -77,8 +86,11 @@ class QuantSpec:
             )
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
-        if not self.symmetric:
-            raise ValueError("symmetric=False: zero points are not implemented; use symmetric=True")
+        if not self.symmetric and (self.granularity != "tensor" or self.grid != "full" or self.element != "int"):
+            raise ValueError(
+                f"symmetric=False with granularity={self.granularity!r} and grid={self.grid!r}: only static "
+                "activations have zero points (granularity='tensor', grid='full', integers); use symmetric=True"
+            )
         if (self.granularity == "token") != self.dynamic:
             raise ValueError(
                 f"granularity={self.granularity!r} with dynamic={self.dynamic}: per-token scales are dynamic, "
@@ -89,17 +101,26 @@ class QuantSpec:
                 f"nested={list(self.nested)}: the high bits of {self.bits}-bit codes serve integer widths from 2 to "
                 f"{self.bits - 1}"
             )
+        if (self.nested or self.sliced_from is not None) and self.grid != "full":
+            raise ValueError(f"nested={list(self.nested)} with grid={self.grid!r}: only codes of the full grid nest")
         object.__setattr__(self, "nested", tuple(sorted(set(self.nested), reverse=True)))
 
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -_E4M3_MAX if self.element == "float" else -(2 ** (self.bits - 1))
+        if self.element == "float" or self.grid != "full":
+            return -self.qmax
+        return -(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return _E4M3_MAX if self.element == "float" else 2 ** (self.bits - 1) - 1
+        return _E4M3_MAX if self.element == "float" else self.spacing * 2 ** (self.bits - 1) - 1
+
+    @property
+    def spacing(self) -> int:
+        """From one code of integers to the next."""
+        return 2 if self.grid == "odd" else 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -134,7 +155,9 @@ class QuantSpec:
     @property
     def absmax_divisor(self) -> float:
         """What an absolute maximum is divided by to become a scale."""
-        return (self.qmax - self.qmin) / 2 if self.absmax_rule == "half_range" else float(self.qmax)
+        if self.absmax_rule == "qmax" or self.element == "float":
+            return float(self.qmax)
+        return 2.0**self.bits if self.grid == "odd" else (2**self.bits - 1) / 2
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of a weight (out, in).
@@ -166,18 +189,23 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.weight.granularity in ("token", "head"):
             raise ValueError("weights have static scales: granularity must be tensor, channel or group")
+        if not self.weight.symmetric:
+            raise ValueError("weights have no zero points: use symmetric=True for them")
         if any(spec is not None and spec.element == "float" for spec in (self.weight, self.input)):
             raise ValueError("FP8 is for keys and values (kv_cache): no packed layer computes with it; use integers")
         if self.input is not None and self.input.granularity not in ("token", "tensor"):
             raise ValueError(f"input granularity must be token or tensor, got {self.input.granularity!r}")
+        if self.input is not None and self.input.grid != "full":
+            raise ValueError(f"input grid must be full, got {self.input.grid!r}: narrow and odd are for weights")
         if self.input is not None and self.input.nested:
             raise ValueError("input.nested: only the codes of weights are kept, and can be sliced; set nested=[]")
 
     def __str__(self) -> str:
         weight, size = self.weight, self.weight.group_size
         where = f"g{size}" if size else weight.granularity
+        grid = "" if weight.grid == "full" else f"-{weight.grid}"
         widths = ".".join(map(str, weight.widths))
-        return f"w{widths}a{self.input.bits if self.input else 16}-{where}"
+        return f"w{widths}a{self.input.bits if self.input else 16}-{where}{grid}"
 
     def at(self, bits: int) -> "QuantScheme":
         """The ordinary scheme of the artifact that holds the weight at `bits`; where nothing is nested, itself.
@@ -193,23 +221,21 @@ class QuantScheme:
 
     @classmethod
     def parse(cls, name: str) -> "QuantScheme":
-        """The scheme that `str` writes: `w4a16-g128`, `w8a16-channel`, `w4a8-g32` (8-bit inputs: a scale a token),
+        """The scheme that `str` writes: `w4a16-g128`, `w2a16-g64-odd`, `w4a8-g32` (8-bit inputs: a scale a token),
         `w8.4.2a16-g128` (nested widths).
 
         Raises:
             ValueError: the name is none.
         """
-        match = re.fullmatch(r"w(\d(?:\.\d)*)a(8|16)-(?:g(\d+)|(channel|tensor))", name)
+        match = re.fullmatch(r"w(\d(?:\.\d)*)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?", name)
         if match is None:
             raise ValueError(
                 f"no scheme is called {name!r}: they are called w4a16-g128, w8a16-channel, w8a8-channel, ..."
             )
-        widths, input_bits, size, where = match.groups()
+        widths, input_bits, size, where, grid = match.groups()
         bits, *nested = map(int, widths.split("."))
-        granularity: Any = where or "group"
-        weight = QuantSpec(
-            bits=bits, granularity=granularity, group_size=int(size) if size else None, nested=tuple(nested)
-        )
+        shape: dict[str, Any] = {"granularity": where or "group", "group_size": int(size) if size else None}
+        weight = QuantSpec(bits=bits, grid=grid or "full", nested=tuple(nested), **shape)  # type: ignore[arg-type]
         inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax") if input_bits == "8" else None
         return cls(weight=weight, input=inputs)
 
@@ -267,6 +293,8 @@ class SchemeMap:
                 f"kv_cache of {cache.bits} bits and a scale a {cache.granularity}: keys and values have 8 bits and a "
                 "scale a tensor, head or token"
             )
+        if cache is not None and not (cache.symmetric and cache.grid == "full"):
+            raise ValueError("kv_cache: keys and values have no zero points, and the full grid")
 
     def scheme_of(self, module_name: str) -> QuantScheme | None:
         """The scheme of the module called `module_name`, or None where it stays float."""

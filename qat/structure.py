@@ -1,6 +1,6 @@
 """Changes of a model's structure that keep its function, made before insertion so that weights can be quantized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,19 @@ from qat.fake_quantizer import real_tokens, token_mask
 # What checkpoints call an expert's gate, up and down projections.
 _PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 _USUAL_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Layers of one parent that servers run as one, by the last parts of their names.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused(names: Iterable[str]) -> list[list[str]]:
+    """The layers among `names` (dotted) that servers run as one, by groups, in the order of `names`."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for index, leaves in enumerate(_FUSED):
+            if leaf in leaves:
+                found.setdefault((parent, index), []).append(name)
+    return list(found.values())
 
 
 class LinearExperts(nn.Module):

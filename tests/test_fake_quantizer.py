@@ -127,7 +127,7 @@ def test_only_the_observe_stage_observes():
         quantizer = static(stage=stage)
         quantizer.observer = MinMax(STATIC)
         quantizer(torch.randn(2, 8))
-        assert quantizer.observer.absmax is None
+        assert quantizer.observer.reach is None
 
 
 @pytest.mark.parametrize("stage", list(Stage), ids=lambda s: s.name)

@@ -22,13 +22,14 @@ A8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
         ({"scale_dtype": "float64"}, "scale_dtype must be one of bfloat16, float16, float32, got 'float64'"),
         ({"absmax_rule": "max"}, "absmax_rule must be one of half_range, qmax, got 'max'"),
         ({"element": "complex"}, "element must be one of int, float, got 'complex'"),
-        ({"element": "float"}, "element='float' with bits=4: floats have 8 bits (e4m3)"),
+        ({"element": "float"}, "element='float' with bits=4 and grid='full': floats have 8 bits"),
         ({"granularity": "group"}, "group_size goes with granularity='group', and only with it"),
         ({"group_size": 32}, "group_size goes with granularity='group', and only with it"),
         ({"granularity": "group", "group_size": 0}, "group_size must be a positive integer, got 0"),
         ({"granularity": "group", "group_size": -32}, "group_size must be a positive integer, got -32"),
         ({"granularity": "group", "group_size": 32.0}, "group_size must be a positive integer, got 32.0"),
-        ({"symmetric": False}, "symmetric=False: zero points are not implemented; use symmetric=True"),
+        ({"symmetric": False}, "symmetric=False with granularity='channel' and grid='full': only static activations"),
+        ({"symmetric": False, "granularity": "token", "dynamic": True}, "only static activations have zero points"),
         ({"granularity": "token"}, "per-token scales are dynamic, and only they are"),
         ({"dynamic": True}, "per-token scales are dynamic, and only they are"),
     ],
@@ -43,12 +44,13 @@ def test_a_contradictory_spec_is_refused_with_what_is_wrong(fields, message):
     ("fields", "message"),
     [
         ({"weight": A8}, "weights have static scales"),
+        ({"weight": QuantSpec(bits=8, granularity="tensor", symmetric=False)}, "weights have no zero points"),
         ({"weight": W4, "input": W8}, "input granularity must be token or tensor, got 'channel'"),
         ({"weight": W4, "input": W4}, "input granularity must be token or tensor, got 'group'"),
         ({"weight": QuantSpec(bits=8, granularity="channel", element="float")}, "FP8 is for keys and values"),
         ({"weight": W8, "input": cache_spec("fp8-token")}, "FP8 is for keys and values"),
     ],
-    ids=["dynamic weight", "input per channel", "input per group", "FP8 weight", "FP8 input"],
+    ids=["dynamic weight", "asymmetric weight", "input per channel", "input per group", "FP8 weight", "FP8 input"],
 )
 def test_a_contradictory_scheme_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -190,3 +192,5 @@ def test_what_is_no_spec_of_keys_and_values_is_refused():
         cache_spec("int4")
     with pytest.raises(ValueError, match="kv_cache of 8 bits and a scale a channel: keys and values have 8 bits"):
         SchemeMap(name="test", kv_cache=W8)
+    with pytest.raises(ValueError, match="keys and values have no zero points, and the full grid"):
+        SchemeMap(name="test", kv_cache=QuantSpec(bits=8, granularity="tensor", symmetric=False))

@@ -172,7 +172,9 @@ def _settle(quantizer: FakeQuantizer) -> None:
     """Take the scale that was observed, if one was."""
     if quantizer.observer is not None:
         assert quantizer.scale is not None
-        quantizer.set_scale(quantizer.observer.scale().view_as(quantizer.scale))
+        scale = quantizer.observer.scale()
+        offset = quantizer.observer.offset(scale)  # of the inputs of layers only, which have one row
+        quantizer.set_scale(scale.view_as(quantizer.scale), offset)
         quantizer.observer = None
     quantizer.set_stage(Stage.FLOAT)
 

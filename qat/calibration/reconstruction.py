@@ -110,6 +110,12 @@ class Reconstruction:
         """Refuse what this method cannot treat; `model` may be float still."""
         check_layers(self.name, model)
         self.first.check(model)
+        for name, layer in layers(model).items():
+            if self.learn == "rounding" and layer.scheme.weight.grid == "odd":
+                raise ValueError(
+                    f"calibration {self.name}: {name} has the odd grid, and roundings are learned between whole "
+                    "numbers; use calibration=block_ap"
+                )
         if self.learn == "rounding":
             return
         for name, parameter in model.named_parameters():

@@ -3,7 +3,7 @@
     oscillation      share of the weights whose code turned back in a step (arXiv 2203.11086), mean of the steps since
                      the last look
     changed          share of the weights whose code is not what it was at the last look
-    clipped          share of the weights beyond [qmin, qmax]: no gradient reaches them
+    clipped          share of the weights beyond the estimator's range: no gradient reaches them
     scale_drift      mean |s / s0 - 1|, s0 being the scales that training started from
     gradient_ratio   (||ds|| / ||s||) / (||dW|| / ||W||) (arXiv 1902.08153, eq. 4), over the whole model
 
@@ -170,5 +170,6 @@ def _watched(layer: FakeQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
     rows = layer.adapted.detach()[::every]
     used = quantizer.weight_scale(rows, every)
     scale = quantizer.scale.detach()[::every] if quantizer.estimator.learns_scale else used
-    clipped = (~inside_range(rows, used, quantizer.spec)).sum()
+    margin = quantizer.estimator.margin(quantizer.spec)
+    clipped = (~inside_range(rows, used, quantizer.spec, margin)).sum()
     return quantize(rows, used, quantizer.spec), scale, clipped

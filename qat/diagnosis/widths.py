@@ -24,9 +24,7 @@ from qat.export.compressed_tensors import stored_bytes
 from qat.insertion import plan
 from qat.nn import LAYERS
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, cache_spec, matches
-
-# Layers beside each other that servers run as one product, which has one width.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from qat.structure import fused
 
 Table = Mapping[str, Mapping[int, float]]
 """A number for each group, by name, at each width."""
@@ -143,12 +141,6 @@ class WidthSearch:
 
     def _shared(self, names: list[str]) -> list[list[str]]:
         """Layers that must share a width, as overlapping lists."""
-        found: dict[tuple[str, int], list[str]] = {}
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            for index, fused in enumerate(FUSED):
-                if leaf in fused:
-                    found.setdefault((parent, index), []).append(name)
         for patterns in self.together:
             for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
@@ -156,7 +148,7 @@ class WidthSearch:
                         f"quant.together: {pattern!r} matches no linear layer of {', '.join(names[:4])}, ..."
                     )
         by_user = [[n for n in names if any(matches(p, n) for p in patterns)] for patterns in self.together]
-        return [*found.values(), *by_user]
+        return [*fused(names), *by_user]
 
     def _group(self, model: nn.Module, names: tuple[str, ...]) -> Group:
         modules: list[Any] = [model.get_submodule(name) for name in names]

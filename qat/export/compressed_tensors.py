@@ -3,9 +3,10 @@
     config.json         with `quantization_config`, which transformers and vLLM read
     model.safetensors   pack-quantized:  <m>.weight_packed (out, words) int32, <m>.weight_scale, <m>.weight_shape
                         int-quantized (w8a8):  <m>.weight (out, in) int8, <m>.weight_scale
-                        static activations:    <m>.input_scale (1,)
+                        static activations:    <m>.input_scale (1,), and where they are asymmetric
+                                               <m>.input_zero_point (1,) int8
                         keys and values:       `qat.export.cache`
-                        (qat.safetensors, where a layer is of a kind that the format does not know)
+                        (qat.safetensors, where a layer is of a kind or on a grid that the format does not know)
     qat.json            qat's own scheme of each layer, of keys and values, provenance, size and SHA-256 of the weights
 
 Scales are (out, groups) in the spec's scale dtype; symmetric weights have no zero points.
@@ -14,7 +15,7 @@ Scales are (out, groups) in the spec's scale dtype; symmetric weights have no ze
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def write(
     described = {name: {"scheme": f.scheme.to_dict(), "shape": list(f.codes.shape)} for name, f in folded.items()}
     strange = unheld(model, folded)
     if strange is not None:
-        log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only",
-                 layers(model)[strange].original.__name__, strange)  # fmt: skip
+        what = "odd grid" if folded[strange].scheme.weight.grid == "odd" else layers(model)[strange].original.__name__
+        log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only", what, strange)
     if cache is not None and cache.dynamic:
         log.info("compressed-tensors knows no keys and values with a scale a token: in float but for load_packed")
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
@@ -145,12 +146,16 @@ def stored_bytes(scheme: QuantScheme, shape: tuple[int, int]) -> int:
     return rows * row + (scale_dtype(scheme.input).itemsize if static else 0)  # type: ignore[arg-type]
 
 
-def unheld(model: nn.Module, names: Iterable[str]) -> str | None:
-    """The first layer of `names` that compressed-tensors knows no form of; None where it can hold all of them.
+def unheld(model: nn.Module, folded: Mapping[str, Folded]) -> str | None:
+    """The first layer of `folded` that compressed-tensors knows no form of; None where it can hold all of them.
 
     Then the directory has the same tensors in a file of another name, and says `"quant_method": "qat"`: for qat alone.
+    Odd codes of b bits would be exact there as plain ones of b + 1 bits, half as large again at 2: no use for 2 bits.
     """
-    return next((name for name in names if not isinstance(model.get_submodule(name), nn.Linear)), None)
+    for name, layer in folded.items():
+        if layer.scheme.weight.grid == "odd" or not isinstance(model.get_submodule(name), nn.Linear):
+            return name
+    return None
 
 
 def format_of(scheme: QuantScheme) -> str:
@@ -164,10 +169,13 @@ def layer_tensors(layer: Folded) -> dict[str, Tensor]:
         tensors = {"weight": layer.codes}
     else:
         shape = torch.tensor(layer.codes.shape, dtype=torch.int64)
-        tensors = {"weight_packed": pack(layer.codes, layer.scheme.weight.bits), "weight_shape": shape}
+        spec = layer.scheme.weight
+        tensors = {"weight_packed": pack(layer.codes, spec.bits, spec.spacing), "weight_shape": shape}
     tensors["weight_scale"] = layer.scale
     if layer.input_scale is not None:
         tensors["input_scale"] = layer.input_scale
+    if layer.input_zero_point is not None:
+        tensors["input_zero_point"] = layer.input_zero_point
     return tensors
 
 
@@ -178,16 +186,17 @@ def quantization_config(
     by_scheme: dict[QuantScheme, list[str]] = {}
     for name, layer in folded.items():
         by_scheme.setdefault(layer.scheme, []).append(name)
+    own = unheld(model, folded) is not None
     formats = {format_of(scheme) for scheme in by_scheme} or {"dense"}
     return {
-        "quant_method": "compressed-tensors" if unheld(model, folded) is None else "qat",
+        "quant_method": "qat" if own else "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in folded],
         "kv_cache_scheme": cache_scheme(cache),
         "config_groups": {
-            f"group_{i}": _group(scheme, ["Linear"] if len(by_scheme) == 1 and unheld(model, names) is None else names)
+            f"group_{i}": _group(scheme, names if own or len(by_scheme) > 1 else ["Linear"])
             for i, (scheme, names) in enumerate(by_scheme.items())
         },
     }
@@ -206,10 +215,11 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
 
 
 def _arguments(spec: QuantSpec, strategy: str) -> dict[str, Any]:
-    return {
+    own = {"grid": spec.grid} if spec.grid == "odd" else {}
+    return own | {
         "num_bits": spec.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": spec.symmetric,
         "group_size": spec.group_size,
         "strategy": strategy,
         "dynamic": spec.dynamic,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.export.cache import record_key_values
 from qat.fake_quantizer import FakeQuantizer
-from qat.functional import quantize, scale_dtype, store_scale
+from qat.functional import quantize, scale_dtype
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
 from qat.scheme import QuantScheme
@@ -25,12 +25,14 @@ class Recorded:
         scale: (out, groups), float32.
         weight_dtype: of the weight that this forward saw.
         input_scale: (1,), float32, of static activations; else None.
+        input_zero_point: (1,), int8, of asymmetric activations; else None.
     """
 
     codes: Tensor
     scale: Tensor
     weight_dtype: torch.dtype
     input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class Folded:
         codes: (out, in), int8.
         scale: (out, groups), the scheme's scale dtype.
         input_scale: (1,), the input's scale dtype, for static activations; else None.
+        input_zero_point: (1,), int8, for asymmetric activations; else None.
         bias: (out,), the layer's dtype, or None.
     """
 
@@ -49,6 +52,7 @@ class Folded:
     codes: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
     bias: Tensor | None
 
 
@@ -75,11 +79,13 @@ def _recorder(
     recorded: dict[str, Recorded], name: str, inputs: FakeQuantizer | None
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
     def note(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
+        input_scale, input_zero_point = _static(inputs)
         recorded[name] = Recorded(
             codes=codes.detach().to("cpu", torch.int8, copy=True),
             scale=_per_row(scale.detach(), weight).to("cpu", torch.float32, copy=True),
             weight_dtype=weight.dtype,
-            input_scale=_input_scale(inputs),
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
         )
 
     return note
@@ -98,13 +104,14 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
         ValueError: a weight or a scale is NaN or infinite.
     """
     weight, quantizer = layer.adapted.detach().to(weight_dtype), layer.weight_quantizer
-    scale, input_scale = quantizer.weight_scale(weight), _input_scale(layer.input_quantizer)
+    scale, (input_scale, input_zero_point) = quantizer.weight_scale(weight), _static(layer.input_quantizer)
     # The scale before rounding too: -inf, which training diverged to, is stored as the smallest scale.
     for what, tensor in (
         ("weight", weight),
         ("scale", quantizer.scale),
         (f"scale rounded to {quantizer.spec.scale_dtype}", scale),
         ("input scale", input_scale),
+        ("input offset", None if layer.input_quantizer is None else layer.input_quantizer.offset),
     ):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -115,6 +122,7 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
         codes=quantize(weight, scale, quantizer.spec).to("cpu", torch.int8),
         scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
         input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.scheme.input)),  # type: ignore[arg-type]
+        input_zero_point=input_zero_point,
         bias=None if layer.bias is None else layer.bias.detach().cpu(),
     )
 
@@ -124,8 +132,9 @@ def _per_row(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.expand(weight.shape[0], -1).contiguous()
 
 
-def _input_scale(quantizer: FakeQuantizer | None) -> Tensor | None:
-    """The static scale (1,) that a forward uses now, float32, on the CPU."""
+def _static(quantizer: FakeQuantizer | None) -> tuple[Tensor | None, Tensor | None]:
+    """The static scale (1,) float32 and zero point (1,) int8 that a forward uses now, on the CPU."""
     if quantizer is None or quantizer.scale is None:
-        return None
-    return store_scale(quantizer.scale.detach(), quantizer.spec).to("cpu", copy=True)
+        return None, None
+    scale, zero_point = quantizer.static_qparams()
+    return scale.to("cpu", copy=True), None if zero_point is None else zero_point.to("cpu", torch.int8, copy=True)

@@ -34,7 +34,7 @@ class LayerCheck:
         name: dotted.
         shape: (out, in); of an attention (kv_heads, tokens compared, head_dim).
         codes_differing: of out * in; of an attention, quantized keys and values.
-        scales_differing: of out * groups, and a static input's; of an attention's scales.
+        scales_differing: of out * groups, and a static input's scale and zero point; of an attention's scales.
         problem: what prevented a comparison, or None.
     """
 
@@ -129,6 +129,8 @@ def decode(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, 
     if f"{name}.weight_packed" in tensors:
         packed, (rows, columns) = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
         codes = _unpack(packed, weights["num_bits"], int(columns))
+        if weights.get("grid") == "odd":
+            codes = 2 * codes + 1
         if codes.shape != (rows, columns):
             raise VerificationError(f"{packed.shape[0]} rows are stored of {rows}")
     elif f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype == np.int8:
@@ -151,14 +153,15 @@ def _check(name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, 
         return LayerCheck(name, shape, problem=what)
     if codes.shape != shape or scale.shape != tuple(used.scale.shape):
         return LayerCheck(name, shape, problem=f"stored as {codes.shape} with scales {scale.shape}")
-    inputs = tensors.get(f"{name}.input_scale")
-    if (inputs is None) != (used.input_scale is None):
-        return LayerCheck(
-            name, shape, problem=f"a static input scale is {'missing' if inputs is None else 'unexpected'}"
-        )
     differing = _differing(scale, used.scale)
-    if inputs is not None:
-        differing += _differing(inputs.astype(np.float32), used.input_scale)
+    static = {"input_scale": used.input_scale, "input_zero_point": used.input_zero_point}
+    for kind, wanted in static.items():
+        found = tensors.get(f"{name}.{kind}")
+        if (found is None) != (wanted is None):
+            what = f"static {kind.replace('_', ' ')} is {'missing' if found is None else 'unexpected'}"
+            return LayerCheck(name, shape, problem=f"a {what}")
+        if found is not None and wanted is not None:
+            differing += _differing(found.astype(np.float32), wanted.float())
     return LayerCheck(name, shape, int((codes != used.codes.numpy()).sum()), differing)
 
 
@@ -174,7 +177,7 @@ def _check_key_values(
 
 
 def _differing(stored: np.ndarray, used: Any) -> int:
-    """How many float32 scales differ in their bits: NaN equals itself, and the sign of a zero counts."""
+    """How many float32 values differ in their bits: NaN equals itself, and the sign of a zero counts."""
     return int((np.ascontiguousarray(stored).view(np.uint32) != used.numpy().view(np.uint32)).sum())
 
 

@@ -28,7 +28,8 @@ def use_cpu_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if not isinstance(layer, PackedLinear):
             continue
-        reason = cpu.unsupported(layer.bits, layer.group_size, layer.in_features, layer.input_bits)
+        reason = layer.beyond_operator
+        reason = reason or cpu.unsupported(layer.bits, layer.group_size, layer.in_features, layer.input_bits)
         if dtype not in cpu.TYPES:
             reason = f"activations of {dtype}"
         if reason is None:

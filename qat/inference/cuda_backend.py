@@ -162,4 +162,6 @@ def use_cuda_kernels(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _why_not(layer: PackedLinear, dtype: torch.dtype) -> str | None:
-    return why_not(layer.bits, layer.group_size, layer.in_features, dtype, False, layer.input_bits)
+    return layer.beyond_operator or why_not(
+        layer.bits, layer.group_size, layer.in_features, dtype, False, layer.input_bits
+    )

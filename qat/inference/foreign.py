@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from qat.scheme import QuantScheme, QuantSpec
+from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 
 _SCALE_DTYPES: dict[str, Any] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -65,7 +65,8 @@ def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec 
             f"{dynamic}, {bits} bits, scales {dtype}): only 8 bits with static scales of a tensor or head can be"
         )
     try:
-        return _spec({**scheme, "strategy": granularity}, scale_dtype=dtype, absmax_rule="qmax")
+        spec = _spec({**scheme, "strategy": granularity}, scale_dtype=dtype, absmax_rule="qmax")
+        return SchemeMap(name="foreign", kv_cache=spec).kv_cache  # which checks it
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{weights}: keys and values are quantized in a way that qat cannot load: {error}") from error
 

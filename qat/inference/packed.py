@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qat.functional import scale_dtype
+from qat.functional import dequantize, scale_dtype
 from qat.kernels import packed_linear, pages
 from qat.kernels.cpu_layer import CpuLayer
-from qat.packing import words_of
+from qat.kernels.reference import quantized_input
+from qat.packing import unpack, words_of
 from qat.scheme import QuantScheme
 
 
@@ -16,8 +18,9 @@ class PackedLinear(nn.Module):
     """`qat::packed_linear` with its tensors: what a trained `FakeQuantLinear` becomes.
 
     State: `packed` (out, words) int32; `scale` (out, groups), the scheme's scale dtype whatever the model's;
-    `input_scale` (1,) for static activations; `bias` (out,), the model's dtype.  The tensors are allocated,
-    not filled.  `backend` is the operator's, `reference` unless a loader sets another.
+    `input_scale` (1,) for static activations, with `input_zero_point` (1,) int8 for asymmetric ones; `bias` (out,), the
+    model's dtype.  The tensors are allocated, not filled.  `backend` is the operator's, `reference` unless a loader
+    sets another.
 
     Args:
         in_features: of an input row.
@@ -35,6 +38,7 @@ class PackedLinear(nn.Module):
     packed: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -60,12 +64,21 @@ class PackedLinear(nn.Module):
         self.register_buffer(
             "input_scale", None if static is None else torch.empty(1, dtype=scale_dtype(static), device=device)
         )
+        zero = None if static is None or static.symmetric else torch.empty(1, dtype=torch.int8, device=device)
+        self.register_buffer("input_zero_point", zero)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     @property
     def bits(self) -> int:
         """Of a weight."""
         return self.scheme.weight.bits
+
+    @property
+    def beyond_operator(self) -> str | None:
+        """What of its scheme the operator, and so every backend, does not know; None where it knows all."""
+        if self.scheme.weight.grid == "odd":
+            return "odd codes"
+        return None if self.input_zero_point is None else "activations with a zero point"
 
     @property
     def input_bits(self) -> int:
@@ -79,8 +92,8 @@ class PackedLinear(nn.Module):
 
     def kin(self) -> tuple[Any, ...]:
         """What layers have in common that can be rows of one."""
-        static = None if self.input_scale is None else float(self.input_scale)
-        return self.in_features, self.scheme, self.backend, static
+        static = [None if t is None else float(t) for t in (self.input_scale, self.input_zero_point)]
+        return self.in_features, self.scheme, self.backend, *static
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the input's dtype."""
@@ -88,7 +101,12 @@ class PackedLinear(nn.Module):
             layer = self.resolved(input.dtype)
             if layer is not None and layer.takes(input):
                 return layer(input)
-        spec = self.scheme.input
+        rule = "qmax" if self.scheme.input is None else self.scheme.input.absmax_rule
+        if self.beyond_operator is not None:
+            codes = unpack(self.packed, self.bits, self.in_features, self.scheme.weight.spacing)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            x = quantized_input(input, self.input_bits, self.input_scale, rule, self.input_zero_point)
+            return F.linear(x, dequantize(codes, self.scale).to(input.dtype), bias)
         return packed_linear(
             input,
             self.packed,
@@ -99,7 +117,7 @@ class PackedLinear(nn.Module):
             self.group_size,
             self.input_bits,
             self.input_scale,
-            "qmax" if spec is None else spec.absmax_rule,
+            rule,
             self.backend,
         )
 

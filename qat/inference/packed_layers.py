@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.functional import dequantize, dynamic_scale, fake_quantize, scale_dtype
+from qat.functional import dequantize, scale_dtype
 from qat.inference.packed import PackedLinear
+from qat.kernels.reference import quantized_input
 from qat.nn import LAYERS
 from qat.packing import unpack, words_of
 from qat.scheme import QuantScheme
@@ -19,6 +20,7 @@ class _Packed(nn.Module):
     packed: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "_Packed":
         before = {name: self._buffers.get(name) for name in ("scale", "input_scale")}
@@ -52,7 +54,8 @@ class PackedEmbedding(_Packed):
     def forward(self, input: Tensor) -> Tensor:
         """(...) indices -> (..., in_features)."""
         index = input.flatten()
-        codes = unpack(self.packed[index], self.scheme.weight.bits, self.in_features)
+        spec = self.scheme.weight
+        codes = unpack(self.packed[index], spec.bits, self.in_features, spec.spacing)
         return dequantize(codes, self.scale[index]).to(self.dtype).view(*input.shape, -1)
 
     def extra_repr(self) -> str:
@@ -63,7 +66,8 @@ class PackedConv2d(_Packed):
     """Packed rows of a convolution's matrix: what a trained `FakeQuantConv2d` becomes; it dequantizes, and convolves.
 
     State: `packed` (out, words) int32; `scale` (out, groups) and `input_scale` (1,) for static activations in the
-    scheme's scale dtypes; `bias` (out,).  The tensors are allocated, not filled.
+    scheme's scale dtypes; `input_zero_point` (1,) int8 for asymmetric ones; `bias` (out,).  The tensors are
+    allocated, not filled.
 
     Args:
         layer: the float convolution, whose geometry it takes.
@@ -87,17 +91,17 @@ class PackedConv2d(_Packed):
         self.register_buffer("packed", torch.empty(self.out_features, words, dtype=torch.int32))
         self.register_buffer("scale", torch.empty(self.out_features, groups, dtype=scale_dtype(scheme.weight)))
         self.register_buffer("input_scale", None if static is None else torch.empty(1, dtype=scale_dtype(static)))
+        zero = None if static is None or static.symmetric else torch.empty(1, dtype=torch.int8)
+        self.register_buffer("input_zero_point", zero)
         self.register_buffer("bias", None if layer.bias is None else torch.empty(self.out_features, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, rows, columns) -> (batch, out, rows, columns), in the input's dtype."""
         spec = self.scheme.input
         if spec is not None:
-            images = input.flatten(-3)
-            static = self.input_scale
-            scale = dynamic_scale(images, spec) if static is None else static.float().expand(*images.shape[:-1], 1)
-            input = fake_quantize(images, scale, spec).view_as(input)
-        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features)
+            qparams = spec.bits, self.input_scale, spec.absmax_rule, self.input_zero_point
+            input = quantized_input(input.flatten(-3), *qparams).view_as(input)
+        codes = unpack(self.packed, self.scheme.weight.bits, self.in_features, self.scheme.weight.spacing)
         weight = dequantize(codes, self.scale).to(input.dtype).view(self.shape)
         if self.padded is not None:
             input = F.pad(input, self.borders, self.padded)

@@ -117,6 +117,8 @@ def _operator_for(
     layer: PackedLinear, dtype: torch.dtype
 ) -> type[Int4Linear] | type[Int8Linear] | type[Int8DynamicLinear] | None:
     weight, inputs = layer.scheme.weight, layer.scheme.input
+    if layer.beyond_operator is not None:
+        return None
     if weight.bits == 8 and inputs is not None and inputs.bits == 8 and weight.group_size is None:
         return Int8DynamicLinear
     if inputs is not None or dtype not in (torch.float32, torch.bfloat16, torch.float16):

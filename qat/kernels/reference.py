@@ -39,7 +39,9 @@ def packed_linear(
     )
 
 
-def quantized_input(x: Tensor, input_bits: int, input_scale: Tensor | None, input_rule: str) -> Tensor:
+def quantized_input(
+    x: Tensor, input_bits: int, input_scale: Tensor | None, input_rule: str, zero_point: Tensor | None = None
+) -> Tensor:
     """fq(x) as training computes it: x itself for 0 bits, else by the static scale or one for each token.
 
     Args:
@@ -47,6 +49,7 @@ def quantized_input(x: Tensor, input_bits: int, input_scale: Tensor | None, inpu
         input_bits: 0 or 2 to 8.
         input_scale: (1,), floating, or None for dynamic scales.
         input_rule: the `absmax_rule` of dynamic scales.
+        zero_point: (1,), int8, of asymmetric activations, which have a static scale; None for 0.
 
     Returns:
         (..., in), x's dtype.
@@ -55,7 +58,7 @@ def quantized_input(x: Tensor, input_bits: int, input_scale: Tensor | None, inpu
         return x
     spec = input_spec(input_bits, input_rule)
     scale = dynamic_scale(x, spec) if input_scale is None else input_scale.float().expand(*x.shape[:-1], 1)
-    return fake_quantize(x, scale, spec)
+    return fake_quantize(x, scale, spec, None if zero_point is None else zero_point.float().expand_as(scale))
 
 
 @cache

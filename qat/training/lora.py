@@ -167,8 +167,11 @@ def _scales(model: nn.Module) -> dict[str, Tensor]:
         for kind, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is not None and quantizer.scale is not None:
                 found[f"{name}.{kind}_scale"] = quantizer.scale
+            if quantizer is not None and quantizer.offset is not None:
+                found[f"{name}.{kind}_offset"] = quantizer.offset
     return found
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: layers that share a scale would share its memory, which the format refuses.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -57,7 +57,7 @@ def damping_gradient(layer: FakeQuantLayer) -> Tensor:
     weight, quantizer = layer.matrix.detach(), layer.weight_quantizer
     scale = quantizer.weight_scale(weight)
     pull = weight.float() - fake_quantize(weight.float(), scale, quantizer.spec)
-    return pull.mul_(2).mul_(inside_range(weight, scale, quantizer.spec))
+    return pull.mul_(2).mul_(inside_range(weight, scale, quantizer.spec, quantizer.estimator.margin(quantizer.spec)))
 
 
 class Freezing:

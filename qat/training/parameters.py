@@ -11,8 +11,8 @@ from qat.functional import SCALE_FLOOR, away_from_zero
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of `model`, in the order of its modules."""
-    return [q.scale for q in _learning(model) if isinstance(q.scale, nn.Parameter)]
+    """The learned scales of `model`, and the offsets that learn with them, in the order of its modules."""
+    return [part for q in _learning(model) for part in q.learned if isinstance(part, nn.Parameter)]
 
 
 def _learning(model: nn.Module) -> list[FakeQuantizer]:
@@ -48,8 +48,9 @@ def scale_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
         for scale, old in before.items():
             scale.copy_(old * torch.exp2(scale - old))
         before.clear()
-        for scale in scale_parameters(model):
-            scale.copy_(away_from_zero(scale, SCALE_FLOOR[torch.float32]))
+        for quantizer in _learning(model):
+            assert quantizer.scale is not None
+            quantizer.scale.copy_(away_from_zero(quantizer.scale, SCALE_FLOOR[torch.float32]))
 
     return [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(finish)]
 

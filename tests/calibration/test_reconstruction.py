@@ -252,6 +252,10 @@ def test_what_it_cannot_treat_is_refused_before_anything_runs(tiny_llama):
         layer.weight_quantizer.estimator = LSQ(relative=True)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*estimator=lsq"):
         method("weights")(model, never)
+    odd = QuantScheme(weight=QuantSpec(bits=2, grid="odd", granularity="group", group_size=32))
+    with pytest.raises(ValueError, match=r"q_proj has the odd grid.*block_ap"):
+        method("rounding")(inserted(tiny_llama(), odd), never)
+    method("weights").check(inserted(tiny_llama(), odd))
     with pytest.raises(ValueError, match="nest the other way round"):
         Reconstruction(first=AWQ())
     with pytest.raises(ValueError, match="learn must be"):

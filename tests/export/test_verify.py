@@ -140,16 +140,16 @@ def refused(model, recorded, target, *expected: str) -> None:
     shutil.rmtree(kept)
 
 
-def swapped_nibbles(codes, bits):
+def swapped_nibbles(codes, bits, spacing):
     words = pack(codes, bits)
     return (words & 0x0F0F0F0F) << 4 | (words >> 4) & 0x0F0F0F0F
 
 
-def without_offset(codes, bits):
+def without_offset(codes, bits, spacing):
     return pack(codes, bits) ^ torch.tensor(0x88888888 - 2**32, dtype=torch.int32)
 
 
-def as_two_halves(codes, bits):
+def as_two_halves(codes, bits, spacing):
     """GGUF's order: element j beside element j + 16."""
     return pack(codes.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1), bits)
 
