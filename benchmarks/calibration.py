@@ -53,8 +53,8 @@ METHODS = {
     "smoothquant, gptq": SmoothQuant("smoothquant, gptq", then=GPTQ()),
     "rotation, mse": Rotation("rotation, mse", then=MSE),
     "rotation, gptq": Rotation("rotation, gptq"),
-    "adaround": Reconstruction(first=CALIBRATIONS["weighted_mse"]),
-    "block ap": Reconstruction("block ap", learn="weights", lr=3e-4),
+    "adaround": Reconstruction(),
+    "block ap": Reconstruction("block ap", learn="weights", lr=1e-3),
 }
 INT8_INPUT = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
 SCHEMES = {

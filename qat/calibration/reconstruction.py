@@ -71,8 +71,9 @@ class Reconstruction:
 
     Attributes:
         name: what tables call it.
-        learn: `rounding` (down or up from the float weight, at the scales of `first`) or `weights` (with scales, norms
-            and biases, from the weights that `first` left; float32 only).
+        learn: `rounding` (at the scales of `first`: down or up from the float weight, or, where `first` chose codes,
+            between them and the next ones towards the float weight) or `weights` (with scales, norms and biases, from
+            the weights that `first` left; float32 only).
         first: sets the scales, and weights, that learning starts from; what lies outside the blocks it treats alone.
         steps: of Adam in each block; each sees one calibration batch.
         lr: of the rounding variables, constant; or of weights, falling linearly to 0.
@@ -214,8 +215,10 @@ class Reconstruction:
         treated = {name: layer for name, layer in layers(block).items() if name in weights}
         lower, soft = {}, {}
         for name, layer in treated.items():
-            lower[name], rest = floor_codes(weights[name], _scale(layer), layer.scheme.weight)
-            soft[name] = torch.logit((rest + 0.1) / 1.2).requires_grad_()  # h(v) == rest: at first nothing is rounded
+            scale, spec = _scale(layer), layer.scheme.weight
+            codes = quantize(layer.matrix.detach(), scale, spec) if self.first.changes_weights else None
+            lower[name], rest = floor_codes(weights[name], scale, spec, codes)
+            soft[name] = torch.logit((rest + 0.1) / 1.2).requires_grad_()  # h(v) == rest
             layer.weight_quantizer.set_stage(Stage.FLOAT)  # the weight comes quantized, the input does not
         variables = list(soft.values())
         optimizer = torch.optim.Adam(variables, lr=self.lr)

@@ -110,6 +110,21 @@ def test_hardened_codes_are_the_floor_or_one_above(tiny_llama):
     assert torch.cat([bits.flatten() for bits in up]).unique().tolist() == [0, 1]
 
 
+def test_after_gptq_a_code_stays_or_moves_one_step_towards_the_float_weight(tiny_llama):
+    model, given = inserted(tiny_llama()), inserted(tiny_llama())
+    GPTQ()(given, runner(given))
+    before = {name: layer.matrix.detach().clone() for name, layer in layers(model).items()}
+    Reconstruction()(model, runner(model))
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"):  # GPTQ saw the same inputs
+        layer, spec = layers(model)[name], G32.weight
+        scale = layer.weight_quantizer.scale.detach()
+        chosen = quantize(layers(given)[name].matrix.detach(), scale, spec)
+        moved = quantize(layer.matrix.detach(), scale, spec) - chosen
+        error = (before[name].unflatten(1, (-1, 32)) / scale.unsqueeze(-1)).flatten(1) - chosen
+        assert moved.abs().max() == 1
+        assert (moved * error >= 0).all()
+
+
 def test_a_later_block_answers_for_the_float_model_and_not_for_its_own_inputs(tiny_llama):
     model, seen = inserted(tiny_llama()), []
     hidden = []
