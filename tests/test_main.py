@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat import stages
-from qat.calibration import GPTQ
+from qat.calibration import GPTQ, Reconstruction
+from qat.callbacks import ScalesOnly
 from qat.cli import main as qat_command
 from qat.config import RECIPES
 from qat.data.documents import python_stdlib
@@ -347,6 +348,30 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
     whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
     assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
+
+
+def test_blocks_then_scales_are_one_run_that_goes_on_in_the_phase_where_it_was(job, monkeypatch, tmp_path):
+    words = [w for w in job[1] if not w.startswith("recipe=")]
+    words = ["recipe=llama_int4_blockwise", *words, "calibration.steps=4", "control=none"]
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/whole")
+
+    def stop(self, trainer, *_):
+        if not isinstance(self, ScalesOnly) or trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+    words = [*words, f"hydra.run.dir={tmp_path}/cut"]
+    for place, resumed in (
+        ((Reconstruction, "reconstruct"), []),
+        ((ScalesOnly, "on_before_zero_grad"), ["resume=true"]),
+    ):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(*place, stop)
+            with pytest.raises(SystemExit):
+                train(monkeypatch, *words, *resumed)
+    monkeypatch.setattr(Reconstruction, "reconstruct", None)  # the block is not learned again
+    train(monkeypatch, *words, "resume=true")
+    whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
 
 
 SCALES = ["trainable=scales", "callbacks.quantization.freeze_share=0"]
