@@ -82,7 +82,7 @@ def test_every_quant_option_is_what_its_name_says(name):
         assert schemes.mixed({}).name == "auto4a16-g128"
         schemes = schemes.uniform(4)
         name = "w4a16"
-    written = {"w2a16": "w2a16-g64-odd", "ternary": "w2a16-g64-narrow", "nested": "w8.4.2a16"}
+    written = {"ternary": "w2a16-g64-narrow", "nested": "w8.4.2a16"}
     scheme, _, kind = written.get(name, name).partition("_")
     assert f"{schemes.name}-".startswith(scheme + "-")
     chosen = schemes.scheme_of("model.layers.0.mlp.up_proj")
@@ -188,8 +188,14 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
         ),
         ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, nested, none, ternary"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
-        ("calibration=gptk", r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, awq, gptq, mse"),
-        ("recipe=null", "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),
+        (
+            "calibration=gptk",
+            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, gptq",
+        ),
+        (
+            "recipe=null",
+            "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_blockwise, .*llama_int4_qat",
+        ),
         ("logger=wandbb", r"no logger is called 'wandbb'; did you mean wandb\?"),
     ],
 )
