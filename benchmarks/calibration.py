@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from qat.calibration import AWQ, CALIBRATIONS, GPTQ, RangeCalibration, Rotation, SmoothQuant
+from qat.calibration import AWQ, CALIBRATIONS, GPTQ, RangeCalibration, Reconstruction, Rotation, SmoothQuant
 from qat.calibration.llama_like import find_pairs
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
@@ -53,6 +53,8 @@ METHODS = {
     "smoothquant, gptq": SmoothQuant("smoothquant, gptq", then=GPTQ()),
     "rotation, mse": Rotation("rotation, mse", then=MSE),
     "rotation, gptq": Rotation("rotation, gptq"),
+    "adaround": Reconstruction(),
+    "block ap": Reconstruction("block ap", learn="weights", lr=1e-3),
 }
 INT8_INPUT = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
 SCHEMES = {

@@ -1,7 +1,7 @@
 """What training through the quantizer costs: step time and peak memory against plain fine-tuning and torchao's QAT.
 
 `distilled` is `qat` whose loss is the divergence from the frozen float model instead of the next token's; its memory
-counts the teacher.
+counts the teacher.  `nested` is `qat` at 8, 4 and 2 bits of the same codes, backward once a width.
 
     python benchmarks/train_step.py                      # embedded model, 4,096 tokens a step
     python benchmarks/train_step.py --rounds 3 --group-size 32
@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from rich.table import Table
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from qat.insertion import at_width, widths
 from qat.training import divergence
 
-VARIANTS = ("plain", "qat", "torchao", "distilled")
+VARIANTS = ("plain", "qat", "torchao", "distilled", "nested")
 
 
 def prepare(variant: str, group_size: int, device: str):
@@ -50,8 +52,9 @@ def prepare(variant: str, group_size: int, device: str):
         weight = IntxFakeQuantizeConfig(torch.int4, group_size=group_size)
         quantize_(model, QATConfig(weight_config=weight, step="prepare"), filter_fn=_not_the_head)
     teacher = copy.deepcopy(model).eval() if variant == "distilled" else None
-    if variant in ("qat", "distilled"):
-        spec = QuantSpec(bits=4, granularity="group", group_size=group_size)
+    if variant in ("qat", "distilled", "nested"):
+        bits, nested = (8, (4, 2)) if variant == "nested" else (4, ())
+        spec = QuantSpec(bits=bits, nested=nested, granularity="group", group_size=group_size)
         insert(model, uniform(spec, ignore=("*lm_head",)))
         CALIBRATIONS["absmax"](model, lambda: None)
         set_stage(model, Stage.TRAIN)
@@ -64,6 +67,15 @@ def _not_the_head(module: torch.nn.Module, name: str) -> bool:
 
 
 def step(model, optimizer, teacher, batch: torch.Tensor) -> None:
+    for bits in widths(model) or (None,):
+        with nullcontext() if bits is None else at_width(model, bits):
+            backward(model, teacher, batch)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def backward(model, teacher, batch: torch.Tensor) -> None:
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     if teacher is None:
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -73,9 +85,6 @@ def step(model, optimizer, teacher, batch: torch.Tensor) -> None:
         loss = divergence(logits, target)
         del target
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def batches(count: int, tokens: int, device: str) -> list[torch.Tensor]:

@@ -157,3 +157,28 @@ def dynamic_scale(x: Tensor, spec: QuantSpec) -> Tensor:
 def cache_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     """As `dynamic_scale`, in the dtype in which a cache keeps the scale beside the codes: of keys and values."""
     return store_scale(dynamic_scale(x, spec), spec)
+
+
+def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The lower of the two codes that a learned rounding chooses from, and where it starts between them.
+
+    Args:
+        x: (..., in), floating.
+        scale: (..., groups), float32, not zero.
+        codes: (..., in), integers that the choice shall hold beside their neighbour towards x; None for x's own two.
+
+    Returns:
+        (..., in) twice, float32: integers in [qmin, qmax - 1], and x / scale minus them, in [0, 1]; with `codes`, the
+        middle between that and the code.
+    """
+    view, divisor = grouped(x.float(), scale)
+    ratio = (view / divisor).flatten(-2)
+    lower = ratio.floor() if codes is None else torch.where(codes > ratio, codes - 1, codes)
+    lower = lower.clamp_(spec.qmin, spec.qmax - 1)
+    rest = (ratio - lower).clamp_(0, 1)
+    return lower, rest if codes is None else (rest + codes - lower) / 2
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, section 3.3; differentiable)."""
+    return (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)

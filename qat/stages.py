@@ -33,19 +33,17 @@ from qat.callbacks.history import TrainHistory
 from qat.callbacks.measure import Measure
 from qat.callbacks.widths import search_widths
 from qat.diagnosis import WidthSearch
-from qat.export import write_float
-from qat.export.cache import cache_refusal
-from qat.export.compressed_tensors import refusal
+from qat.export import check_exportable, write_float
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import nested_widths, plan, prepare, set_stage
+from qat.insertion import plan, prepare, set_stage
 from qat.quiet import quiet
 from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
 from qat.resume import check_resume
-from qat.scheme import QuantScheme, SchemeMap
+from qat.scheme import SchemeMap
 from qat.structure import untie
 from qat.trainer import build_trainer, resume_command
 
@@ -83,7 +81,7 @@ class Run:
             self._check(task)
         if self.search is not None:
             with self._stage("search widths"):
-                self._search_widths(self.search)
+                self._search_widths(self.search, self._task(), "sensitivity.json", self.digest)
         if self.schemes.quantizes:
             with self._stage("coverage"):
                 self._measure_coverage()
@@ -94,6 +92,8 @@ class Run:
                 self._measure_control()
         with self._stage("calibrate" if self._post_training else "train"):
             (self._calibrate if self._post_training else self._train)(task)
+        if self.search is not None and self.search.repeat and not self._post_training:
+            task = self._repeat(self.search, task)
         if self.schemes.quantizes:
             with self._stage("measure packed"):
                 self._measure_packed(task)
@@ -151,8 +151,13 @@ class Run:
             quantized = quantization.quantized(task)
             if self.search is not None:
                 self.search.budget(self.search.groups(quantized))
+                if self.search.repeat and not trainable.weights_learn:
+                    raise ValueError(
+                        "quant.repeat searches again with trained weights, and here none learn: set it false"
+                    )
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
-            self._check_export(chosen, model)
+            half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
+            check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
             quantization.calibration.check(quantized)
             trainable.check(quantized, chosen, quantization)
             instantiate(self.cfg.callbacks.nested).check(chosen)
@@ -168,18 +173,6 @@ class Run:
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
         self.digest, self.architecture = weights_digest(task), model.config.to_dict()
         check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)
-
-    def _check_export(self, chosen: dict[str, QuantScheme], model: Any) -> None:
-        trained = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision, model.dtype)
-        dtype = self._export_dtype() or trained
-        if (why := cache_refusal(self.schemes.kv_cache, dtype)) is not None:
-            raise ValueError(f"quantized keys and values could not be exported after training: {why}")
-        if (bits := self.cfg.export_bits) not in (None, *nested_widths(chosen.values())):
-            known = list(nested_widths(chosen.values())) or "none: quant=nested has some"
-            raise ValueError(f"export_bits={bits} is none of the nested widths, which are {known}; null exports all")
-        stored = [(name, s.at(bits)) for name, s in chosen.items() for bits in s.weight.widths]
-        if problems := [f"{name}: {why}" for name, s in stored if (why := refusal(s, dtype)) is not None]:
-            raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 
     # -- trainers -----------------------------------------------------------------------------------
 
@@ -197,15 +190,38 @@ class Run:
 
     # -- widths -------------------------------------------------------------------------------------
 
-    def _search_widths(self, search: WidthSearch) -> None:
-        task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
+    def _search_widths(self, search: WidthSearch, task: L.LightningModule, name: str, digest: str) -> None:
+        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
         trainer.datamodule = self.data  # type: ignore[attr-defined]
-        at = self.out / "sensitivity.json"
+        at = self.out / name
         try:
-            found = search_widths(search, task, trainer, self._quantization(), at, self.digest, self.cfg.resume)
+            found = search_widths(search, task, trainer, self._quantization(), at, digest, self.cfg.resume)
             self.schemes, self.searched = found
         except KeyboardInterrupt:
             sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {resume_command(self.out)}")
+
+    def _repeat(self, search: WidthSearch, task: L.LightningModule) -> L.LightningModule:
+        """Search widths with the trained weights; where others come out, train those too. The better one stands."""
+        first = dict(vars(self))
+        with self._stage("search again"):
+            trained, weights = self._task(), task.state_dict()
+            trained.load_state_dict({name: weights[name] for name in trained.state_dict()})
+            self._search_widths(search, trained, "sensitivity-2.json", weights_digest(trained))
+        if self.schemes.rules == first["schemes"].rules:
+            log.info("the trained weights ask for the widths that they were trained at")
+            vars(self).update(first)
+            return task
+        if self.control is not None:
+            with self._stage("measure control again"):
+                self._measure_control()
+        with self._stage("train again"):
+            again = self._task()
+            self._train(again, "checkpoints-2")
+        before, now = (r.models["qat"]["validation"].loss for r in (first["recovery"], self.recovery))
+        log.info("validation loss %.5f, %.5f with the widths found after training: the better stands", before, now)
+        if before <= now:
+            vars(self).update(first)
+        return task if before <= now else again
 
     # -- calibration data ---------------------------------------------------------------------------
 
@@ -252,14 +268,14 @@ class Run:
 
     # -- train, export ------------------------------------------------------------------------------
 
-    def _train(self, task: L.LightningModule) -> None:
-        last = self.out / "checkpoints" / "last.ckpt"
+    def _train(self, task: L.LightningModule, folder: str = "checkpoints") -> None:
+        last = self.out / folder / "last.ckpt"
         self.history = TrainHistory()
         callbacks: list[L.Callback] = [self.history, instantiate(self.cfg.objective)]
         if self.schemes.quantizes:
             callbacks += self._quantizing()
         logger = instantiate(self.cfg.logger)
-        self.trainer = self._trainer(self.out / "checkpoints", callbacks, logger=logger)
+        self.trainer = self._trainer(last.parent, callbacks, logger=logger)
         L.seed_everything(self.cfg.seed, verbose=False)
         self.trainer.fit(task, self.data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
         if not self.schemes.quantizes:

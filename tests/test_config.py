@@ -188,8 +188,14 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
         ),
         ("quant=w4a61", r"no quant is called 'w4a61'; did you mean w4a16\? There are: auto, nested, none, ternary"),
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
-        ("calibration=gptk", r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, awq, gptq, mse"),
-        ("recipe=null", "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_gptq, .*llama_int4_qat"),
+        (
+            "calibration=gptk",
+            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, gptq",
+        ),
+        (
+            "recipe=null",
+            "no recipe is called 'null'.* There are: .*llama_int4_awq, llama_int4_blockwise, .*llama_int4_qat",
+        ),
         ("logger=wandbb", r"no logger is called 'wandbb'; did you mean wandb\?"),
     ],
 )

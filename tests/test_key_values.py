@@ -20,8 +20,8 @@ from qat.export.verify_cache import differing
 from qat.fake_quantizer import Stage
 from qat.functional import cache_scale, fake_quantize
 from qat.inference import load_packed
-from qat.inference.cpu_step import why_not as why_no_cpu_step
-from qat.inference.decode import FixedStep, generate
+from qat.inference.cpu_step import CpuStep
+from qat.inference.decode import FixedStep, generate, step
 from qat.inference.key_values import row_bytes
 from qat.inference.llama import fused_decoder
 from qat.insertion import insert, layers, prepare, set_stage
@@ -136,7 +136,6 @@ def test_the_fused_decoder_keeps_bytes_too(kv_cache, tmp_path):
     assert cache.nbytes == 2 * 2 * 4 * 2 * 40 * row_bytes(cache_spec(kv_cache), 16)
     found = [decoder(part, cache) for part in TOKENS.split([20, 1, 7, 1, 1, 2], 1)]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=2e-3, atol=2e-3)
-    assert why_no_cpu_step(decoder) == "keys and values in bytes"
     fixed = decoder.new_cache(4, 40)
     decoder(TOKENS[:, :30], fixed)
     advance = FixedStep(decoder, fixed)
@@ -144,6 +143,27 @@ def test_the_fused_decoder_keeps_bytes_too(kv_cache, tmp_path):
         torch.testing.assert_close(advance(TOKENS[:, slot : slot + 1])[:, 0], expected[:, slot], rtol=2e-3, atol=2e-3)
     prompt, taken = TOKENS[:2, :8], torch.stack(list(generate(decoder, TOKENS[:2, :8], 12)), 1)
     assert torch.equal(taken, packed.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=-1)[:, 8:])
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8-head", "int8-token"])
+@torch.inference_mode()
+def test_a_recorded_step_keeps_bytes_too(kv_cache, library, tmp_path):
+    with torch.inference_mode(False):
+        model = trained("Llama", kv_cache)
+    exported(model, tmp_path / "m")
+    packed, _ = load_packed(tmp_path / "m", "cpu")
+    expected = packed(TOKENS, use_cache=False).logits
+    decoder = fused_decoder(packed)
+    recorded, whole = decoder.new_cache(4, 40), decoder.new_cache(4, 40)
+    decoder(TOKENS, whole)
+    decoder(TOKENS[:, :29], recorded)
+    advance = step(decoder, recorded)
+    assert isinstance(advance, CpuStep)
+    for slot in (29, 30, 31):  # the tolerance is that of the fused decoder
+        torch.testing.assert_close(advance(TOKENS[:, slot : slot + 1])[:, 0], expected[:, slot], rtol=2e-3, atol=2e-3)
+    for found, rows in ((recorded.keys, whole.keys), (recorded.values, whole.values)):
+        assert found.dtype == torch.uint8 and found[..., 29:32, :].any()
+        assert (found != rows).float().mean() < 1e-3  # codes that fell to the other side of a tie
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8-head", "fp8-token"])

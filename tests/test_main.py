@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat import stages
-from qat.calibration import GPTQ
+from qat.calibration import GPTQ, Reconstruction
+from qat.callbacks import ScalesOnly
 from qat.cli import main as qat_command
 from qat.config import RECIPES
 from qat.data.documents import python_stdlib
@@ -211,6 +212,35 @@ def test_widths_that_were_searched_are_exported_within_the_budget(job, monkeypat
     assert 'id="plot-sensitivity"' in report and 'id="plot-frontier"' in report
 
 
+@pytest.mark.parametrize("second", [8, 2, None], ids=["better", "worse", "the same"])
+def test_a_search_repeated_with_trained_weights_keeps_the_better_model(second, job, monkeypatch, tmp_path):
+    searched, weights = [], []
+    search = stages.search_widths
+
+    def found(widths, task, *rest):
+        weights.append({n: p.detach().clone() for n, p in task.named_parameters()})
+        schemes, facts = search(widths, task, *rest)
+        if len(weights) == 2:
+            names = [n for n, scheme in schemes.rules.items() if scheme]
+            schemes = searched[0] if second is None else widths.mixed(dict.fromkeys(names, second))
+        searched.append(schemes)
+        return schemes, facts
+
+    monkeypatch.setattr(stages, "search_widths", found)
+    out = tmp_path / "run"
+    words = [*job[1], "calibration=mse", *AUTO, "quant.repeat=true", f"hydra.run.dir={out}"]
+    train(monkeypatch, *words)
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])  # the trained ones
+    summary = read_summary(out)
+    assert ("train again" in summary["stages"]) == (second is not None)
+    assert Path(summary["export_dir"]).name == ("export-2" if second == 8 else "export")
+    kept = {n: searched[second == 8].scheme_of(n).weight.bits for n in bits_of(out)}
+    side = json.loads((Path(summary["export_dir"]) / "qat.json").read_text())
+    assert {n: layer["scheme"]["weight"]["bits"] for n, layer in side["layers"].items()} == kept
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6) and summary["steps"] == 8
+    assert (out / "checkpoints-2").exists() == (second is not None)
+
+
 def test_a_resumed_run_trains_with_the_widths_it_chose_and_so_is_its_control_measured(job, monkeypatch, tmp_path):
     out, kept = tmp_path / "run", Run._train_control
     words = [*job[1], "calibration=mse", *AUTO, f"hydra.run.dir={out}"]
@@ -318,6 +348,30 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
     whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
     assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
+
+
+def test_blocks_then_scales_are_one_run_that_goes_on_in_the_phase_where_it_was(job, monkeypatch, tmp_path):
+    words = [w for w in job[1] if not w.startswith("recipe=")]
+    words = ["recipe=llama_int4_blockwise", *words, "calibration.steps=4", "control=none"]
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/whole")
+
+    def stop(self, trainer, *_):
+        if not isinstance(self, ScalesOnly) or trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+    words = [*words, f"hydra.run.dir={tmp_path}/cut"]
+    for place, resumed in (
+        ((Reconstruction, "reconstruct"), []),
+        ((ScalesOnly, "on_before_zero_grad"), ["resume=true"]),
+    ):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(*place, stop)
+            with pytest.raises(SystemExit):
+                train(monkeypatch, *words, *resumed)
+    monkeypatch.setattr(Reconstruction, "reconstruct", None)  # the block is not learned again
+    train(monkeypatch, *words, "resume=true")
+    whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
 
 
 SCALES = ["trainable=scales", "callbacks.quantization.freeze_share=0"]

@@ -8,6 +8,7 @@ from qat.calibration.coverage import Coverage
 from qat.calibration.gptq import GPTQ
 from qat.calibration.method import Calibration
 from qat.calibration.ranges import RangeCalibration
+from qat.calibration.reconstruction import Reconstruction
 from qat.calibration.rotation import Rotation
 from qat.calibration.smoothquant import SmoothQuant
 
@@ -20,6 +21,7 @@ CALIBRATIONS: dict[str, Calibration] = {
 """Calibrations for any model, by name; the strongest one on a model's validation split is its PTQ to beat."""
 
 __all__ = [
-    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "Coverage", "RangeCalibration", "Rotation",
+    "AWQ", "CALIBRATIONS", "GPTQ", "Calibration", "ClipSearch", "Coverage", "RangeCalibration", "Reconstruction",
+    "Rotation",
     "SmoothQuant",
 ]  # fmt: skip

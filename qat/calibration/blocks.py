@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,9 @@ Run = Callable[[], None]
 """Runs the calibration data through a module, with padding announced by `token_mask`."""
 Treat = Callable[[nn.Module, Run], None]
 """Calibrates one module given a `Run` of it; what every calibration is."""
+
+# The bar of the stream that is under way, if one is.
+_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 
 @dataclass
@@ -60,6 +64,21 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best[1], best[2]
 
 
+def steps(count: int, description: str) -> Iterator[int]:
+    """0 to count - 1, with a bar below that of the blocks while `stream` shows one."""
+    progress = _progress.get()
+    if progress is None:
+        yield from range(count)
+        return
+    task = progress.add_task(description, total=count)
+    try:
+        for step in range(count):
+            yield step
+            progress.advance(task)
+    finally:
+        progress.remove_task(task)
+
+
 @torch.no_grad()
 def stream(
     model: nn.Module,
@@ -70,10 +89,11 @@ def stream(
     folder: Path | None = None,
     key: str = "",
     offload: bool = False,
+    targets: list[Tensor] | None = None,
 ) -> None:
     """Call `treat(block, run_block)` for every block in turn, then for what lies outside the blocks.
 
-    A model without blocks is treated whole.
+    A model without blocks is treated whole, and so is a block of a stream that is under way: its experts are no chain.
 
     Args:
         model: with fake quantizers inserted.
@@ -84,6 +104,8 @@ def stream(
         folder: where finished blocks are kept, so that a killed calibration goes on; None keeps nothing.
         key: identifies everything that `treat` depends on besides weights and inputs.
         offload: map the weights of finished blocks from their files; needs `folder`.
+        targets: filled, before each block is treated, with what the float model has behind it: (batch, tokens,
+            features) of each batch, on the CPU.
 
     Raises:
         ValueError: from `treat`, with the block's name before it; the data has no usable token; or the blocks are no
@@ -92,20 +114,25 @@ def stream(
     if offload and folder is None:
         raise ValueError(f"calibration {method}: offload keeps finished blocks in files; give it a folder")
     name, blocks = find_blocks(model)
-    if not blocks:
+    if not blocks or _progress.get() is not None:
         treat(model, run)
         return
     files = BlockFiles(folder, f"{key}, sequential={sequential}") if folder is not None else None
     batches = _caught(blocks, run, method)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    if targets is not None:
+        targets[:] = [batch.hidden for batch in batches]
+    with _bar() as progress:
         for index, block in enumerate(progress.track(blocks, description=f"{method}, block by block")):
             outputs = partial(_outputs, block, index, batches)
+            if targets is not None:
+                for position, target in enumerate(_outputs(block, index, batches, targets)):
+                    targets[position] = target
             if not layers(block):
                 _advance(batches, outputs())
                 continue
             after = None if sequential else list(outputs())
-            path = files.path(f"{name}.{index}", block, [(b.hidden, b.mask) for b in batches]) if files else None
+            inputs = [(b.hidden, b.mask) for b in batches] + [(target, None) for target in targets or ()]
+            path = files.path(f"{name}.{index}", block, inputs) if files else None
             if files is None or path is None:
                 _treat(treat, block, outputs, f"{name}.{index}")
             else:
@@ -120,6 +147,17 @@ def stream(
             _advance(batches, outputs() if after is None else after)
             set_stage(block, Stage.FLOAT)
     _outside(model, blocks, run, treat, batches)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        token = _progress.set(progress)
+        try:
+            yield progress
+        finally:
+            _progress.reset(token)
 
 
 def _outside(model: nn.Module, blocks: list[nn.Module], run: Run, treat: Treat, batches: list[_Batch]) -> None:
@@ -186,16 +224,19 @@ def _forwards(blocks: list[nn.Module], replacement: Callable[..., Tensor]) -> It
             del block.forward
 
 
-def _outputs(block: nn.Module, index: int, batches: list[_Batch]) -> Iterator[Tensor]:
-    """What `block`, in evaluation mode, makes of each batch: (batch, tokens, features), on the CPU."""
+def _outputs(
+    block: nn.Module, index: int, batches: list[_Batch], inputs: list[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """What `block`, in evaluation mode, makes of each batch, or of `inputs` in its place, on the CPU, one at a time."""
     training, device = block.training, next(block.parameters()).device
     block.eval()
     try:
-        for batch in batches:
+        for position, batch in enumerate(batches):
+            hidden = batch.hidden if inputs is None else inputs[position]
             args, kwargs = batch.calls[index]
             enabled = batch.autocast is not None
             with torch.autocast(device.type, dtype=batch.autocast, enabled=enabled), token_mask(batch.mask):
-                output = block(batch.hidden.to(device), *args, **kwargs)
+                output = block(hidden.to(device), *args, **kwargs)
             yield (output[0] if isinstance(output, tuple) else output).cpu()
     finally:
         block.train(training)

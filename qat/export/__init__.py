@@ -10,13 +10,14 @@ from torch import nn
 
 from qat.attention import key_values
 from qat.export import compressed_tensors
-from qat.export.cache import FoldedKeyValues, RecordedKeyValues, fold_key_values
-from qat.export.compressed_tensors import write_float
+from qat.export.cache import FoldedKeyValues, RecordedKeyValues, cache_refusal, fold_key_values
+from qat.export.compressed_tensors import refusal, write_float
 from qat.export.fold import Folded, Recorded, fold, record
 from qat.export.verify import VerificationError, verify
 from qat.functional import dequantize
-from qat.insertion import layers
+from qat.insertion import layers, nested_widths
 from qat.nn import FakeQuantLayer
+from qat.scheme import QuantScheme, SchemeMap
 
 __all__ = [
     "Artifact",
@@ -26,12 +27,38 @@ __all__ = [
     "Recorded",
     "RecordedKeyValues",
     "VerificationError",
+    "check_exportable",
     "export",
     "fold",
     "record",
     "verify",
     "write_float",
 ]
+
+
+def check_exportable(
+    schemes: SchemeMap, chosen: Mapping[str, QuantScheme], dtype: torch.dtype, bits: int | None = None
+) -> None:
+    """Refuse, before anything is trained, what no artifact could hold.
+
+    Args:
+        schemes: of the model.
+        chosen: those of its layers, by dotted name.
+        dtype: of what is not quantized.
+        bits: the only one of nested widths that is to be exported; None for all.
+
+    Raises:
+        ValueError: names what cannot be exported, and the remedy.
+    """
+    if (why := cache_refusal(schemes.kv_cache, dtype)) is not None:
+        raise ValueError(f"quantized keys and values could not be exported after training: {why}")
+    nested = nested_widths(chosen.values())
+    if bits not in (None, *nested):
+        known = list(nested) or "none: quant=nested has some"
+        raise ValueError(f"export_bits={bits} is none of the nested widths, which are {known}; null exports all")
+    stored = [(name, scheme.at(width)) for name, scheme in chosen.items() for width in scheme.weight.widths]
+    if problems := [f"{name}: {why}" for name, s in stored if (why := refusal(s, dtype)) is not None]:
+        raise ValueError(f"{len(problems)} layers could not be exported after training, such as {problems[0]}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ A step does the same work on the same memory each time: what changes are the tok
 buffer, and the slot of the cache, which the calls read from memory.  So every call is a function and the bytes of its
 arguments, and a step is a loop over them: a microsecond a call, where the modules of the decoder need ten to fifty.
 
+Of a cache of bytes the kernels know nothing: one layer after the other is dequantized into a buffer of floats that all
+share, by torch, and the call between the kernels' is a Python one.
+
 Numerics: `csrc/cpu/decode.h` rounds to the model's dtype where the decoder's modules do.  Its sums (the norm's, scores
 and values of attention) are float32 in another order, and probabilities stay float32; the modules' are torch's.
 """
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.inference.cache import KeyValueCache
+from qat.inference.key_values import PackedKeyValues
 from qat.inference.llama import Block, LlamaDecoder
 from qat.inference.packed import PackedLinear
 from qat.kernels import cpu, cpu_decode
@@ -30,8 +34,6 @@ def why_not(decoder: LlamaDecoder, batch: int = 1) -> str | None:
         return f"activations of {decoder.dtype}"
     if batch > MOST_ROWS:
         return f"a batch of {batch}"
-    if any(block.packed is not None for block in decoder.blocks):
-        return "keys and values in bytes"
     layers = [layer for block in decoder.blocks for layer in _linears(block)]
     if not any(isinstance(layer, PackedLinear) and layer.backend == "cpu" for layer in layers):
         return "no layer on backend cpu"
@@ -95,6 +97,9 @@ class CpuStep:
         self.x = torch.empty(cache.batch, self.embedding.shape[1], dtype=dtype)
         self.normed = torch.empty_like(self.x)
         self.cos, self.sin = (table.contiguous() for table in decoder.rotary(cache.capacity))
+        shape = (*cache.keys.shape[1:-1], decoder.head_dim)
+        # Zeros as a cache's: a masked slot is multiplied by a probability of 0.
+        self.floats = [torch.zeros(shape, dtype=dtype) for _ in range(2 if cache.keys.dtype == torch.uint8 else 0)]
         for number, block in enumerate(decoder.blocks):
             assert isinstance(block, Block)
             self._record_block(block, cache.keys[number], cache.values[number])
@@ -112,8 +117,11 @@ class CpuStep:
         self._norm(block.norm)
         packed = self._linear(qkv, self.normed)
         query = self.x.new_empty(cache.batch, out.in_features)
+        stored, (keys, values) = (keys, values), self.floats or (keys, values)
         turn = cpu_decode.rotary(packed, self.cos, self.sin, query, keys, values, heads)
         self.calls.append((kernels.rotary, (turn, isa)))
+        if block.packed is not None:
+            self.calls.append((self._through_bytes, (block.packed, *stored)))
         attended = torch.empty_like(query)
         look = cpu_decode.attend(query, keys, values, attended, heads, self.threads)
         self.calls.append((kernels.attend, (look, isa)))
@@ -125,6 +133,17 @@ class CpuStep:
         self.calls.append((kernels.gate, (cpu_decode.gate(both, gated, self.threads), isa)))
         self._linear(down, gated, add_to=self.x)
         self._keep(packed, query, attended, both, gated)
+
+    def _through_bytes(self, packed: PackedKeyValues, keys: Tensor, values: Tensor) -> int:
+        """Keep the newest keys and values of a layer as bytes, and dequantize all of them; 0 as kernels return."""
+        newest = slice(int(self.slot), int(self.slot) + 1)
+        written = packed.write(*(floats[:, :, newest] for floats in self.floats))
+        for rows, new in zip((keys, values), written, strict=True):
+            rows[:, :, newest] = new
+        seen = packed.read(keys[:, :, : newest.stop], values[:, :, : newest.stop], self.x.dtype)
+        for floats, read in zip(self.floats, seen, strict=True):
+            floats[:, :, : newest.stop] = read
+        return 0
 
     def _norm(self, norm: Any) -> None:
         arguments = cpu_decode.norm(self.x, norm.weight, self.normed, norm.variance_epsilon)

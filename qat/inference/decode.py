@@ -8,6 +8,7 @@ recorded once as a list of calls with their arguments (`cpu_step`); else the dec
 run on a GPU yet.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from qat.inference import cpu_step
 from qat.inference.cache import KeyValueCache, Span
 from qat.inference.llama import LlamaDecoder
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor], Tensor]
 Work = Callable[[], Tensor]
@@ -32,8 +35,9 @@ def step(decoder: LlamaDecoder, cache: KeyValueCache) -> Step:
     if decoder.device.type == "cuda":
         with torch.cuda.device(decoder.device):
             return FixedStep(decoder, cache, cuda_graph)
-    if cpu_step.why_not(decoder, cache.batch) is None:
+    if (reason := cpu_step.why_not(decoder, cache.batch)) is None:
         return cpu_step.CpuStep(decoder, cache)
+    log.info("no recorded step for %s: the decoder's modules run", reason)
     return lambda tokens: decoder(tokens, cache, last=True)
 
 
