@@ -75,8 +75,10 @@ class QuantSpec:
         _check_choice("scale_dtype", self.scale_dtype, ScaleDtype)
         _check_choice("absmax_rule", self.absmax_rule, AbsmaxRule)
         _check_choice("element", self.element, Element)
-        if self.element == "float" and (self.bits != 8 or self.grid != "full"):
-            raise ValueError(f"element='float' with bits={self.bits} and grid={self.grid!r}: floats have 8 bits (e4m3)")
+        if self.element == "float" and self.bits != 8:
+            raise ValueError(f"element='float' with bits={self.bits}: floats have 8 bits (e4m3)")
+        if self.element == "float" and self.grid != "full":
+            raise ValueError(f"element='float' with grid={self.grid!r}: grids are of integers")
         if self.grid == "odd" and self.bits == 8:
             raise ValueError("grid='odd' at 8 bits: its codes, up to 255, do not fit INT8; use grid='full'")
         if (self.granularity == "group") != (self.group_size is not None):

@@ -22,7 +22,7 @@ A8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
         ({"scale_dtype": "float64"}, "scale_dtype must be one of bfloat16, float16, float32, got 'float64'"),
         ({"absmax_rule": "max"}, "absmax_rule must be one of half_range, qmax, got 'max'"),
         ({"element": "complex"}, "element must be one of int, float, got 'complex'"),
-        ({"element": "float"}, "element='float' with bits=4 and grid='full': floats have 8 bits"),
+        ({"element": "float"}, "element='float' with bits=4: floats have 8 bits (e4m3)"),
         ({"granularity": "group"}, "group_size goes with granularity='group', and only with it"),
         ({"group_size": 32}, "group_size goes with granularity='group', and only with it"),
         ({"granularity": "group", "group_size": 0}, "group_size must be a positive integer, got 0"),
