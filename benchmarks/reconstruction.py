@@ -19,6 +19,8 @@ from calibration_peers import write
 from rich.console import Console
 from rich.table import Table
 
+from qat.calibration.method import described
+
 LEARNED = ("adaround", "block ap")
 
 
@@ -49,7 +51,7 @@ def main() -> None:
             else:
                 assert answers is not None
                 row["against_gptq"] = compared(ours, data, answers)["loss"]
-            rows[key] = row | {"settings": str(METHODS[method]), "threads": arguments.threads}
+            rows[key] = row | {"settings": described(METHODS[method]), "threads": arguments.threads}
             write(arguments.json, {"torch": torch.__version__, "rows": rows})
     table = Table(title="millinats per token, 95 % intervals")
     for column in ("scheme", "method", "seed", "KL", "loss above float", "loss - GPTQ's", "seconds"):
