@@ -71,7 +71,7 @@ def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_pat
     assert raw["steps"] == 8 and raw["tokens"] == 8 * 4 * 32
     assert raw["packed_bytes"] / raw["float_bytes"] == pytest.approx((128 / 2 + 2) / 256)  # a row of 128: codes, scale
     assert [row["step"] for row in raw["history"]] == [4, 8]
-    assert {(row["tokens"], row["dead_inputs"]) for row in raw["layers"]} == {(10 * 32, 0)}
+    assert {(row["tokens"], row["dead_inputs"]) for row in raw["layers"]} == {(128 * 32, 0)}
     assert raw["control_loss"] < raw["float_loss"]  # it was trained
     assert "PTQ(control)" in capsys.readouterr().out  # the table
     assert (out / "report.html").stat().st_size > 10_000
