@@ -92,7 +92,7 @@ class Run:
                 self._measure_control()
         with self._stage("calibrate" if self._post_training else "train"):
             (self._calibrate if self._post_training else self._train)(task)
-        if self.search is not None and self.search.repeat and not self._post_training:
+        if self.search is not None and self.cfg.repeat_search and not self._post_training:
             task = self._repeat(self.search, task)
         if self.schemes.quantizes:
             with self._stage("measure packed"):
@@ -151,10 +151,8 @@ class Run:
             quantized = quantization.quantized(task)
             if self.search is not None:
                 self.search.budget(self.search.groups(quantized))
-                if self.search.repeat and not trainable.weights_learn:
-                    raise ValueError(
-                        "quant.repeat searches again with trained weights, and here none learn: set it false"
-                    )
+                if self.cfg.repeat_search and not trainable.weights_learn:
+                    raise ValueError("repeat_search needs weights that learn, and here none do: set it false")
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
             half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
             check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)

@@ -228,7 +228,7 @@ def test_a_search_repeated_with_trained_weights_keeps_the_better_model(second, j
 
     monkeypatch.setattr(stages, "search_widths", found)
     out = tmp_path / "run"
-    words = [*job[1], "calibration=mse", *AUTO, "quant.repeat=true", f"hydra.run.dir={out}"]
+    words = [*job[1], "calibration=mse", *AUTO, "repeat_search=true", f"hydra.run.dir={out}"]
     train(monkeypatch, *words)
     assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])  # the trained ones
     summary = read_summary(out)

@@ -98,7 +98,7 @@ def _counted(chosen: dict[str, int]) -> str:
 
 def _key(search: WidthSearch, batches: list[Any], weights: str) -> str:
     """Identifies all that a measurement depends on; budget and metric only choose."""
-    settings = {k: described(v) for k, v in vars(search).items() if k not in ("budget_bits", "metric", "repeat")}
+    settings = {k: described(v) for k, v in vars(search).items() if k not in ("budget_bits", "metric")}
     total = hashlib.sha256(f"{sorted(settings.items())} {weights}".encode())
     for batch in batches:
         for name, tensor in sorted(batch.items()):

@@ -63,8 +63,6 @@ class WidthSearch:
             estimate, which needs no forward with a quantized layer.
         calibration: what quantizes a layer while its sensitivity is measured.
         windows: of the calibration split that sensitivities are measured on.
-        repeat: search again with the weights that were trained; where other widths come out, they are trained from the
-            float model too, and the better one of both models on the validation split stands.
         kv_cache: of keys and values, as `qat.scheme.cache_spec` names it; in float while widths are searched.
 
     Raises:
@@ -80,7 +78,6 @@ class WidthSearch:
     metric: Literal["kl", "loss", "fisher"] = "kl"
     calibration: RangeCalibration | GPTQ = field(default_factory=GPTQ)
     windows: int = 32
-    repeat: bool = False
     kv_cache: str | None = None
 
     def __post_init__(self) -> None:
