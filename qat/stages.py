@@ -262,7 +262,9 @@ class Run:
         load_control(self.control_at, task)
         trainer = self._trainer(self.out / "checkpoints", [], logger=False)
         trainer.datamodule = self.data  # type: ignore[attr-defined]
-        self.control = measure_control(task, trainer, self._quantization(), list(CALIBRATIONS.values()))
+        quantization = self._quantization()
+        choices = {**CALIBRATIONS, quantization.calibration.name: quantization.calibration}
+        self.control = measure_control(task, trainer, quantization, list(choices.values()))
 
     # -- train, export ------------------------------------------------------------------------------
 
