@@ -1,5 +1,6 @@
 """A fake quantizer owns one tensor's scale and the stage it is in: float, observe, train, frozen."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,7 +97,7 @@ class FakeQuantizer(nn.Module):
         """Enter `stage`."""
         if self.stage.device.type != "meta":
             self.stage.fill_(int(stage))
-        self._observed: Tensor | None = None  # last: layers that share a quantizer show it the same input
+        self._observed: Any = None  # weakly, the last: layers that share a quantizer show it the same input
         self._current = stage  # a copy for forward, which must not wait for a device to read a buffer
         for learned in self.learned:
             learned.requires_grad_(self.estimator.learns_scale and stage != Stage.FROZEN)
@@ -170,8 +171,9 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations x (..., in), fake-quantized according to the stage; same shape and dtype."""
-        if self._current == Stage.OBSERVE and self.observer is not None and x is not self._observed:
-            rows, self._observed = self.rows(x), x
+        last = None if self._observed is None else self._observed()
+        if self._current == Stage.OBSERVE and self.observer is not None and x is not last:
+            rows, self._observed = self.rows(x), weakref.ref(x)
             if rows.numel():
                 self.observer.observe(rows)
         if not self.active:

@@ -265,6 +265,19 @@ def test_a_resumed_run_trains_with_the_widths_it_chose_and_so_is_its_control_mea
     assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6) and summary["steps"] == 8
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["quant=w8a8_asymmetric", "estimator=lsq_plus", "calibration=mse"],
+     ["quant=w8a8", "quant.input.granularity=tensor", "quant.input.dynamic=false", "calibration=gptq"]],
+    ids=["asymmetric", "symmetric, finished blocks kept"],
+)  # fmt: skip
+def test_static_inputs_that_fused_layers_share_go_the_whole_way(words, job, monkeypatch, tmp_path):
+    train(monkeypatch, *job[1], *words, f"hydra.run.dir={tmp_path}/run")
+    summary = read_summary(tmp_path / "run")
+    assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+    assert summary["control_ptq_loss"] is not None
+
+
 def test_training_starts_from_a_calibration_that_changes_weights(job, monkeypatch, tmp_path):
     _, words = job
     train(monkeypatch, *words, "calibration=mse", f"hydra.run.dir={tmp_path}/plain")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.attention import key_values
 from qat.insertion import layers
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ class BlockFiles:
 
     def path(self, name: str, block: nn.Module, inputs: list[tuple[Tensor, Tensor | None]]) -> Path:
         """The file of `block` (its weights as they are before calibration) for `inputs`: (hidden, mask) by batch."""
-        schemes = {n: layer.scheme.to_dict() for n, layer in layers(block).items()}
+        schemes: dict[str, object] = {n: layer.scheme.to_dict() for n, layer in layers(block).items()}
+        schemes |= {f"{n}.kv_cache": kept.spec for n, kept in key_values(block).items()}
         total = hashlib.sha256(f"{self.key} {name} {schemes} torch {torch.__version__}".encode())
         for key, tensor in block.state_dict().items():
-            if not key.endswith(("quantizer.scale", "quantizer.stage")):  # what calibration sets
+            if not key.endswith(("quantizer.scale", "quantizer.offset", "quantizer.stage")):  # what calibration sets
                 total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 total.update(_bytes(tensor))
         for hidden, mask in inputs:
@@ -48,7 +50,8 @@ class BlockFiles:
 
     def save(self, path: Path, block: nn.Module) -> None:
         """Write the block's state, atomically."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in block.state_dict().items()}
+        # Copies: layers that share a quantizer have its tensors under several names, which the format does not know.
+        tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in block.state_dict().items()}
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as temporary:
             pass
         try:

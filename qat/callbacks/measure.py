@@ -98,19 +98,18 @@ class Measure:
                     parameter.copy_(before)
 
     def _weights(self) -> list[torch.nn.Parameter]:
-        scales = {id(q.scale) for q in quantizers(self.module)}
+        scales = {id(part) for q in quantizers(self.module) for part in q.learned}
         return [p for p in self.module.parameters() if id(p) not in scales]
 
     def _at(self, stage: Stage, run: Callable[[], T]) -> T:
         """`run()` with all quantizers at `stage`; their stages and scales are put back afterwards."""
         assert quantizers(self.module), "quantizers are inserted before anything is measured"
-        kept = [(q, q.current_stage, None if q.scale is None else q.scale.detach().clone()) for q in
-                quantizers(self.module)]  # fmt: skip
+        kept = [(q, q.current_stage, [part.detach().clone() for part in q.learned]) for q in quantizers(self.module)]
         set_stage(self.module, stage)
         try:
             return run()
         finally:
-            for quantizer, before, scale in kept:
+            for quantizer, before, learned in kept:
                 quantizer.set_stage(before)
-                if scale is not None:
-                    quantizer.set_scale(scale)
+                if learned:
+                    quantizer.set_scale(*learned)

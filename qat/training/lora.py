@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.attention import key_values
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
 from qat.structure import owners
@@ -169,6 +170,10 @@ def _scales(model: nn.Module) -> dict[str, Tensor]:
                 found[f"{name}.{kind}_scale"] = quantizer.scale
             if quantizer is not None and quantizer.offset is not None:
                 found[f"{name}.{kind}_offset"] = quantizer.offset
+    for name, kept in key_values(model).items():
+        for kind, quantizer in (("key", kept.key_quantizer), ("value", kept.value_quantizer)):
+            if quantizer.scale is not None:
+                found[f"{name}.{kind}_scale"] = quantizer.scale
     return found
 
 
