@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from qat.attention import key_values
 from qat.calibration import CALIBRATIONS
 from qat.estimators import LSQ
 from qat.export import export, record
@@ -189,3 +190,21 @@ def test_an_adapter_of_other_layers_is_refused(llama, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["k_proj", "q_proj"]}))
     with pytest.raises(ValueError, match=r"does not fit the model: base_model\.model\..*k_proj\.lora_A"):
         load_adapter(llama(adapters=False), tmp_path)
+
+
+def test_an_adapter_holds_the_scales_of_keys_and_values(tiny_llama, tmp_path):
+    models = []
+    for scale in (0.25, 1.0):
+        model = tiny_llama(torch.float32)
+        insert(model, uniform(G32, ignore=("*lm_head",), kv_cache="int8"))
+        CALIBRATIONS["absmax"](model, lambda m=model: m(TOKENS, use_cache=False))
+        add_adapters(model, 4, 8, "all-linear")
+        for kept in key_values(model).values():
+            kept.key_quantizer.set_scale(torch.full((1,), scale))
+        set_stage(model, Stage.FROZEN)
+        models.append(model)
+    trained, fresh = models
+    assert not torch.equal(trained(TOKENS).logits, fresh(TOKENS).logits)
+    save_adapter(trained, tmp_path, "tiny")
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(trained(TOKENS).logits, fresh(TOKENS).logits)
