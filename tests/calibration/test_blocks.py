@@ -5,10 +5,12 @@ import torch
 from llama_data import inserted, logits, runner
 from torch import nn
 
+from qat.attention import key_values
 from qat.calibration import GPTQ, RangeCalibration
 from qat.calibration.blocks import find_blocks, stream
 from qat.fake_quantizer import Stage
-from qat.insertion import layers, set_stage
+from qat.insertion import insert, layers, set_stage
+from qat.scheme import QuantSpec, uniform
 
 QUICK = RangeCalibration("quick", weight="absmax")
 
@@ -183,3 +185,18 @@ def test_a_model_without_blocks_is_treated_whole():
     assert find_blocks(model) == ("", [])
     GPTQ()(model, lambda: model(torch.randn(32, 8)))
     assert all((layer.weight_quantizer.scale != 1).all() for layer in layers(model).values())
+
+
+def test_a_block_is_calibrated_anew_where_its_keys_and_values_are_quantized_otherwise(tiny_llama, tmp_path):
+    tokens = torch.arange(24)[None]
+
+    def scales(kv_cache, folder):
+        model = tiny_llama(torch.float32)
+        spec = QuantSpec(bits=4, granularity="group", group_size=32)
+        insert(model, uniform(spec, ignore=("*lm_head",), kv_cache=kv_cache))
+        GPTQ()(model, lambda: model(tokens, use_cache=False), folder)
+        return [kept.key_quantizer.scale.detach().clone() for kept in key_values(model).values()]
+
+    for kv_cache in ("int8", "fp8"):
+        kept, alone = scales(kv_cache, tmp_path), scales(kv_cache, None)
+        assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
