@@ -187,6 +187,8 @@ def _caught(blocks: list[nn.Module], run: Run, method: str) -> list[_Batch]:
                 f"calibration {method}: block {index} is not called with the output of block {index - 1}, so the "
                 "model cannot be calibrated block by block"
             )
+        if kwargs.get("past_key_values") is not None:  # every replay would append to it
+            kwargs = {**kwargs, "past_key_values": None}
         batches[-1].calls.append((tuple(rest), kwargs))
         previous[:] = [hidden]
         return hidden

@@ -55,6 +55,8 @@ def targeted(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
 
 def check_rank(r: int, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise ValueError if an adapter of rank `r` is nothing, or no smaller than a layer of `shapes` (out, in)."""
+    if not shapes:
+        raise ValueError("no linear layer is quantized, and adapters are quantized with one: trainable=all")
     smallest, name = min((min(shape), name) for name, shape in shapes.items())
     if not 0 < r <= smallest:
         raise ValueError(f"the rank of LoRA must be between 1 and {smallest}, the size of {name}; got r={r}")

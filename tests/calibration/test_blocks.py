@@ -200,3 +200,14 @@ def test_a_block_is_calibrated_anew_where_its_keys_and_values_are_quantized_othe
     for kv_cache in ("int8", "fp8"):
         kept, alone = scales(kv_cache, tmp_path), scales(kv_cache, None)
         assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
+
+
+def test_a_run_that_keeps_keys_and_values_calibrates_as_one_that_does_not(tiny_llama):
+    """Blocks are replayed, and a cache would grow with every replay."""
+    tokens, found = torch.arange(24)[None], []
+    for use_cache in (True, False):
+        model = tiny_llama(torch.float32)
+        insert(model, uniform(QuantSpec(bits=4, granularity="group", group_size=32), ignore=("*lm_head",)))
+        GPTQ()(model, lambda m=model, cached=use_cache: m(tokens, use_cache=cached))
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
