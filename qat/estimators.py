@@ -2,18 +2,21 @@
 
 With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the gradient of the quantized tensor:
 
-    STE (arXiv 1308.3432, section 4; clipped as in arXiv 1806.08342):  dx = g * inside
-    LSQ (arXiv 1902.08153, eqs. 3 and 5):  dx = g * inside
+    STE (arXiv 1308.3432; 0 where clipped, as in arXiv 2203.11086, section 2.1):  dx = g * inside
+    LSQ (arXiv 1902.08153, sections 2.1 and 2.2):  dx = g * inside
         ds = scale_gradient * sum over the group of g * (round(v) - v   inside,
                                                           qmin or qmax   outside)
-    LSQ, relative (arXiv 1903.08066, section 3):  d(log2 s) = ds * s * ln 2
+    LSQ, relative (after TQT, arXiv 1903.08066):  d(log2 s) = ds * s * ln 2
     DSQ (arXiv 1908.05033, section 3.2):  LSQ with soft'(v) >= 0 of mean 1 in the place of the straight line's 1:
         dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
-    PACT (arXiv 1805.06085, section 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
+    PACT (arXiv 1805.06085), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
-    SEQ (arXiv 2502.02631, section 3.2):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
-    LSQ+ (arXiv 2004.09576, section 3.1), v = (x - offset) / s:  LSQ, and
+    SEQ (ParetoQ, arXiv 2502.02631):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
+    LSQ+ (arXiv 2004.09576), v = (x - offset) / s:  LSQ, and
         d offset = scale_gradient * sum of g outside
+
+A value exactly on the outermost code is inside, as in 2203.11086; the papers of LSQ and PACT count it as clipped.  GPTQ
+leaves many weights exactly there, and no gradient would reach them.
 
 Where codes are the high bits of wider ones (`QuantSpec.at`), s is step times the stored scale: dx is that of an
 ordinary quantizer of this width, straight through both roundings, and that of the stored scale is step * ds.
@@ -121,12 +124,17 @@ class STE(Estimator):
 class LSQ(Estimator):
     """Learned step size: the scale is a parameter with its own gradient (arXiv 1902.08153).
 
+    The paper starts from s = 2 mean|x| / sqrt(qmax); here a calibration sets it.
+
     Attributes:
-        scale_gradient: multiplies the scale's gradient by 1 / sqrt(n * qmax), n being the values that
-            share a scale (section 2.2 of the paper, per group and not per tensor).  Nested widths share their parent's
-            qmax: with one factor for all, what the scale follows is the gradient of the sum of their losses.
-        relative: learn log2 |scale| (arXiv 1903.08066, section 3): a step of the optimizer moves small and large
-            scales by the same factor, and never changes a sign.  What is stored is the scale all the same.
+        scale_gradient: multiplies the scale's gradient by 1 / sqrt(n * qmax) (section 2.2 of the paper), n being the
+            weights that share a scale, where the paper has one for the tensor, or the features of a token.  Nested
+            widths share their parent's qmax: with one factor for all, what the scale follows is the gradient of the
+            sum of their losses.
+        relative: learn log2 |scale|, as TQT does (arXiv 1903.08066): a step of the optimizer moves small and large
+            scales by the same factor, and never changes a sign.  What is stored is the scale all the same.  TQT's
+            scales are powers of two, one a tensor, and its gradient passes half a scale beyond the outermost codes;
+            these are neither, since artifacts hold any scale, and are inside where LSQ is.
     """
 
     scale_gradient: bool = True
@@ -174,13 +182,15 @@ class LSQ(Estimator):
 
 @dataclass(frozen=True)
 class SEQ(LSQ):
-    """Stretched elastic quantization (arXiv 2502.02631, section 3.2): LSQ for grids of few levels.
+    """Stretched elastic quantization (SEQ, of ParetoQ: arXiv 2502.02631): LSQ for grids of few levels.
 
     The paper's k levels are those of alpha * (round(clip(w / alpha, -1, 1) * k / 2 - 1/2) + 1/2) * 2 / k: they fill
     [-alpha, alpha] evenly, and a weight gets its gradient in all of it, the outer halves of the outermost bins too,
     which LSQ clips.  Its alpha is 2^bits scales here on the odd grid (k = 4 at 2 bits, the levels +-1/4 and +-3/4 of
-    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, so that 0 is a level).  The full grid, which
-    is not symmetric around zero, is left to LSQ, as in the paper.
+    alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, as in the authors' code, so that 0 is a
+    level).  That code clips at 0.99 alpha, lest the largest weight round to a level that is not there; here codes are
+    clamped after rounding.  It starts from alpha = max|w|, which is the scale of `calibration=absmax`.  The full grid,
+    which is not symmetric around zero, is left to LSQ, as in the paper.
     """
 
     def margin(self, spec: QuantSpec) -> float:
@@ -189,7 +199,7 @@ class SEQ(LSQ):
 
 @dataclass(frozen=True)
 class LSQPlus(LSQ):
-    """LSQ that learns the offset of asymmetric activations too (LSQ+, arXiv 2004.09576, section 3.1).
+    """LSQ that learns the offset of asymmetric activations too (LSQ+, arXiv 2004.09576).
 
     The paper's x = code * s + offset is computed, from the first step on, with the offset rounded to a whole number of
     scales: (code - z) * s, z = `qat.functional.zero_point`.  The rounding is passed straight through, so gradients are
@@ -236,6 +246,9 @@ class DSQ(LSQ):
     rounding border then get more than their gradient, those near a code less, and settle there.  Forward rounds hard
     at all times, so what is trained is what is shipped.
 
+    The paper learns how hard the function is, by alpha = 1 - tanh(k / 2), and both ends of the range (sections 3.3 and
+    3.4); here k follows a schedule, the same for all tensors, and the scale learns as LSQ's.
+
     Attributes:
         start, end: k before and after training, moved through geometrically.
         progress: how much of training is done, from 0 to 1; a callback moves it.
@@ -277,7 +290,8 @@ class DSQ(LSQ):
 class PACT(Estimator):
     """Learned clipping of static activations (arXiv 1805.06085): only clipped values say where to clip.
 
-    The paper clips at 0 and at a learned alpha; signed activations are clipped at qmin * s and at alpha = qmax * s.
+    The paper clips at 0 and at a learned alpha, whose gradient is the sum of g where x >= alpha; signed activations are
+    clipped at qmin * s and at alpha = qmax * s.
     Its regularizer, lambda * alpha^2, is a weight decay of the scales: `scale_decay` of
     `QuantizationAwareTraining` and of `qat.parameter_groups`.  Without it a level only moves where values are clipped.
     """

@@ -180,5 +180,5 @@ def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec, codes: Tensor | None 
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, section 3.3; differentiable)."""
+    """h = clip(1.2 sigmoid(v) - 0.1, 0, 1), any shape: a soft bit (arXiv 2004.10568, eq. 23; differentiable)."""
     return (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)

@@ -61,7 +61,9 @@ class MinMax:
 
 
 class EMA(MinMax):
-    """An exponential moving average of each observation's largest absolute value (arXiv 1712.05877, section 3.1).
+    """An exponential moving average of each observation's largest absolute value (after arXiv 1712.05877, section 3.1).
+
+    The paper averages both ends of the range, as is done here for asymmetric specs.
 
     Args:
         spec: of the tensor that is observed.
@@ -87,8 +89,8 @@ class MSE(MinMax):
     """The scale with the smallest squared error, searched over shrunk ranges.
 
     Minimises sum_j h_j (x_j - fq(x_j))^2 over scale = ratio * absmax scale, one ratio a row; h is the
-    importance of each column (1 where none is given; E[x_j^2] of a layer's inputs makes it the diagonal
-    approximation of the layer's output error, as in arXiv 2306.00978, section 3).
+    importance of each column: 1 where none is given; E[x_j^2] of a layer's inputs makes it the layer's output error
+    (arXiv 2004.10568, eq. 19) with E[x x^T] taken for its diagonal.
 
     Args:
         spec: of the tensor that is observed.

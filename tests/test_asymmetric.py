@@ -117,7 +117,7 @@ def example():
 
 
 def test_lsq_plus_gradients_are_the_published_formula():
-    """arXiv 2004.09576, section 3.1, value by value: v = (x - offset) / s, with the offset that is in use."""
+    """arXiv 2004.09576, value by value: v = (x - offset) / s, with the offset that is in use."""
     x, scale, _, zero, grad = example()
     found = LSQPlus(scale_gradient=False).backward_shifted(grad, x, scale, zero, FINE)
     expected = np.zeros((3, 32)), np.zeros((3, 1)), np.zeros((3, 1))

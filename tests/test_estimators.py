@@ -27,7 +27,7 @@ def example(bits: int, rows: int = 3, groups: int = 2, size: int = 16):
 
 
 def by_the_formula(x, scale, grad, spec, scaled=True):
-    """arXiv 1902.08153, eqs. 3 and 5, and 1 / sqrt(n * qmax), value by value in Python floats."""
+    """arXiv 1902.08153, sections 2.1 and 2.2, with 1 / sqrt(n * qmax), value by value in Python floats."""
     grad_x, grad_scale = torch.zeros(x.shape, dtype=torch.float64), torch.zeros(scale.shape, dtype=torch.float64)
     n = x.shape[1] // scale.shape[1]
     for row in range(x.shape[0]):

@@ -21,10 +21,11 @@ from qat.scheme import QuantSpec
 
 @dataclass
 class ClipSearch:
-    """Scales that minimise each group's share of the layer's output error (arXiv 2306.00978, section 3.2 and appendix).
+    """Scales that minimise each group's share of the layer's output error (AWQ's clipping, 2306.00978, section 3.2).
 
     For a row of one group, d = fq(w) - w: the smallest d^T H_g d over shrunk ranges, H_g being the group's block of
-    X^T X.  Unlike a squared error weighted by its diagonal, it knows which errors cancel.
+    X^T X.  Unlike a squared error weighted by its diagonal, it knows which errors cancel.  The paper only names the
+    step; the authors' code shrinks ranges to 0.55 by steps of 1/20, and leaves those of q and k as they are.
 
     Attributes:
         name: what tables call it.
@@ -92,10 +93,11 @@ def _clipped(weight: Tensor, gram: Tensor, scale: Tensor, ratios: tuple[float, .
 
 @dataclass
 class AWQ(Equalization):
-    """s_j = mean|x_j|^a (eq. 5), its exponent a by the smallest output error; then ranges by `ClipSearch`.
+    """s_j = mean|x_j|^a (eq. 5), its exponent a by the smallest output error (eq. 4); then ranges by `ClipSearch`.
 
     Applied before q/k/v and gate/up (from the norms), before o (from v, where the query heads that share a value head
-    share its factors) and before down (from up).
+    share its factors; the authors' code leaves those models' o alone) and before down (from up).  The error is that of
+    the layers that share the input, as in the paper; the authors' code takes the whole attention's and MLP's.
     """
 
     name: str = "awq"

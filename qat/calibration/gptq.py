@@ -6,8 +6,10 @@ fixed, the best change of the free columns F is (eq. 2)
     delta_F = -(w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_q,F
 
 and all the inverses H_F^-1 that the columns need in turn are rows of one upper triangular U with H^-1 = U^T U
-(section 3, "Cholesky reformulation"): the update of column j > q is err * U_qj / U_qq.  Scales are set first, from the
-weights as they were ("static groups"), so that columns may be taken in any order and exports need no permutation.
+(section 4, "Cholesky reformulation"): the update of column j > q is err * U_qj / U_qq.  (The paper's H is twice this,
+which changes nothing.)  The paper takes columns in order and sets a group's scales when it comes to it; here, as with
+`--act-order --static-groups` of the authors' code, scales are set first, from the weights as they were, so that columns
+may be taken in any order and exports need no permutation.
 """
 
 import logging

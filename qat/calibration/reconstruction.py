@@ -5,8 +5,9 @@ For each block, with the inputs x' that the quantized blocks before it make of w
     || block_q(x') - block_float(x) ||^2          over real tokens (BRECQ, arXiv 2102.05426, without Fisher weights)
 
 so that a block also makes up for the error of those before it.  What learns is the `rounding`: whether each weight goes
-to the code below or above it (AdaRound, arXiv 2004.10568, section 3.3); or the `weights`: all parameters of the block
-and its scales (Block-AP of EfficientQAT, arXiv 2407.11062, section 3.2; zero points are 0 here).
+to the code below or above it (AdaRound, arXiv 2004.10568, section 3.3, which treats a layer at a time); or the
+`weights`: all parameters of the block and its scales (Block-AP of EfficientQAT, arXiv 2407.11062; zero points are 0
+here, and rates fall in a straight line where the authors' code has a cosine).
 """
 
 import logging
@@ -56,7 +57,7 @@ class _Example(NamedTuple):
 def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
     """Mean of 1 - |2 h(v) - 1|^beta, h the `rectified_sigmoid`: 0 where all bits are hard, 1 where all are 1/2.
 
-    arXiv 2004.10568, section 3.3, where it is a sum.
+    arXiv 2004.10568, eq. 24, where it is a sum.
     """
     return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).mean()
 

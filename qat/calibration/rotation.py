@@ -1,14 +1,15 @@
 """Hadamard rotation: outliers spread over all features before rounding, merged into the weights.
 
 With orthogonal R, y = W x = (W R)(R^T x).  Two rotations cost nothing when the model runs, because a neighbour's
-weights absorb the inverse (QuaRot, arXiv 2404.00456; SpinQuant's R1 and R2, arXiv 2405.16406):
+weights absorb the inverse (QuaRot, arXiv 2404.00456, section 4; the names are SpinQuant's, arXiv 2405.16406):
 
     R1: the residual stream, from the embedding to the output layer.  RMSNorm commutes with it once the norm's gain
         has moved into the layers after it: (x R) / rms(x R) = (x / rms(x)) R.
     R2: the features of each value head, between v and o.
 
-Rotations that must be computed while the model runs (R3 on keys and queries, R4 before down) are left out: the inputs
-of `down` keep their outliers.
+They are randomized Hadamard matrices, as QuaRot's; SpinQuant learns its R1 and R2, which is not done here.  Rotations
+that must be computed while the model runs (R3 on keys and queries, R4 before down, QuaRot's across the heads before o)
+are left out: the inputs of `down` keep their outliers.
 """
 
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def rotate(model: Any, seed: int = 0, values: bool = True) -> None:
 def hadamard(x: Tensor, signs: Tensor) -> Tensor:
     """x R with R = diag(signs) (I (x) H) / sqrt(b), H the Hadamard matrix of size b, the largest power of 2 in n.
 
-    Where n is no power of two, features mix within blocks of b only.
+    Where n is no power of two, features mix within blocks of b only (QuaRot mixes all, by a known Hadamard matrix of
+    size n / b).
 
     Args:
         x: (..., n), floating.

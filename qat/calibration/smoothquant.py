@@ -13,8 +13,9 @@ from qat.calibration.llama_like import Pair
 class SmoothQuant(Equalization):
     """s_j = max|x_j|^a / max|w_j|^(1 - a) (eq. 4), between each norm and the layers after it.
 
-    The maxima are over all real tokens, and over the rows of all layers that share the input.  The exponent a is the
-    one of `exponents` with the smallest output error; the paper's default is 0.5.
+    The maxima are over all real tokens, and over the rows of all layers that share the input.  The exponent a (the
+    migration strength) is the one of `exponents` with the smallest output error, for each pair; the paper has one for
+    the whole model, mostly 0.5.
 
     Attributes:
         exponents: tried for each pair; 0 stands for no smoothing at all.

@@ -27,7 +27,7 @@ class Distillation(L.Callback):
     """Trains a quantized model towards the distribution of a float one.
 
     The loss is (1 - weight) * what `training_step` returns + weight * T² KL(teacher || student) in nats, over the rows
-    whose label is known (arXiv 1503.02531; from the model's own float weights: arXiv 2305.17888, section 2.2), plus
+    whose label is known (arXiv 1503.02531; from the model's own float weights, as LLM-QAT: arXiv 2305.17888), plus
     hidden * the mean of `qat.training.hidden_error` over the outputs of all blocks.  Comes before
     `QuantizationAwareTraining` in the trainer's callbacks.  Logs `train/kl` and `train/hidden`.
 

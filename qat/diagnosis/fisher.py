@@ -1,13 +1,13 @@
 """The trace of each weight's Fisher information: a cheap stand-in for its Hessian's.
 
-For a loss that is a negative log-likelihood, the Fisher information F is the Gauss-Newton part of the Hessian (Martens,
-arXiv:1412.1193, section 9), and positive semidefinite.  With labels y_t *drawn from the model itself* the gradients of
-different tokens are independent with mean 0, so that
+For the negative log-likelihood of a softmax, the Fisher information F is the (generalized) Gauss-Newton part of the
+Hessian (Martens, arXiv 1412.1193), and positive semidefinite.  With labels y_t *drawn from the model itself* the
+gradients of different tokens are independent with mean 0, so that
 
     E || sum over t of grad log p(y_t) ||^2 = sum over t of E || grad log p(y_t) ||^2 = sum over t of Tr F_t
 
 and one backward pass over a whole batch is an unbiased estimate.  Data's own labels would give the "empirical Fisher",
-which has no such tie to the Hessian (arXiv:1905.12558).
+which has no such tie to the Hessian (arXiv 1905.12558).
 """
 
 from collections.abc import Callable, Iterable, Mapping

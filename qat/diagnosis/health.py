@@ -5,7 +5,7 @@
     changed          share of the weights whose code is not what it was at the last look
     clipped          share of the weights beyond the estimator's range: no gradient reaches them
     scale_drift      mean |s / s0 - 1|, s0 being the scales that training started from
-    gradient_ratio   (||ds|| / ||s||) / (||dW|| / ||W||) (arXiv 1902.08153, eq. 4), over the whole model
+    gradient_ratio   (||ds|| / ||s||) / (||dW|| / ||W||) (R of arXiv 1902.08153, section 2.2), over the whole model
 
 Shares are those of a sample: about 32 rows of each weight (all of fewer than 64), evenly spread, always the same.
 
@@ -124,7 +124,7 @@ class Health:
 
 @torch.no_grad()
 def gradient_ratio(model: nn.Module) -> Tensor | None:
-    """R of arXiv 1902.08153, eq. 4, over all learned scales and quantized weights; a scalar, float32.
+    """R of arXiv 1902.08153, section 2.2, over all learned scales and quantized weights; a scalar, float32.
 
     1: both would move by like shares of themselves.  None where no scale has a gradient, or no weight, as under LoRA.
     To be asked between backward and the step of the optimizer.

@@ -2,8 +2,9 @@
 
     kl      KL(float || quantized) of the next token's distribution: never negative, and free of the luck of the labels
     loss    rise of the loss on the labels, which also moves to first order where the model is not at its optimum
-    fisher  1/2 * (Tr F / n) * ||Q(W) - W||^2, summed over the layers: HAWQ-V2's metric (arXiv:1911.03852, eq. 2.11)
-            with the Fisher information for the Hessian, and the factor of its Taylor series
+    fisher  1/2 * (Tr F / n) * ||Q(W) - W||^2, summed over the layers: HAWQ-V2's metric (arXiv 1911.03852: the mean
+            of the Hessian's diagonal times the squared error) with the Fisher information for the Hessian, and the
+            factor 1/2 of its Taylor series
 
 All in nats per token, on the calibration split.  For each width the whole model is calibrated once; then the quantized
 weights of one group at a time take the place of the float ones.

@@ -4,10 +4,10 @@
     subject to sum over b of x[g, b] = 1 for every g,   sum of bytes[g, b] * x[g, b] <= budget,   x in {0, 1}
 
 A group is what must share one width: the layers that servers fuse, and what the user puts together.  The cost of an
-assignment is *predicted* as the sum of what each group costs when it alone is quantized (HAWQ-V2, arXiv:1911.03852,
-eq. 2.11, adds up its own metric in the same way).  That is right to the order to which errors do not interact: errors
-of different layers add up or cancel in the residual stream, so the sum is a ranking of assignments more than a
-forecast, and a poorer one where a group alone already costs a large part of the loss, as it does at 2 bits.
+assignment is *predicted* as the sum of what each group costs when it alone is quantized (HAWQ-V2, arXiv 1911.03852,
+adds up its own metric in the same way).  That is right to the order to which errors do not interact: errors of
+different layers add up or cancel in the residual stream, so the sum is a ranking of assignments more than a forecast,
+and a poorer one where a group alone already costs a large part of the loss, as it does at 2 bits.
 """
 
 import math

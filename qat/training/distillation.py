@@ -12,7 +12,7 @@ CHUNK = 1 << 22
 
 
 def divergence(student: Tensor, teacher: Tensor, known: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """T² KL(softmax(teacher / T) || softmax(student / T)), nats, mean over rows (arXiv 1503.02531, section 2.1).
+    """T² KL(softmax(teacher / T) || softmax(student / T)), nats, mean over rows (arXiv 1503.02531, section 2).
 
     Computed in float32 a few rows at a time; what backward keeps is one tensor of the student's size and dtype.
 
@@ -41,8 +41,9 @@ def divergence(student: Tensor, teacher: Tensor, known: Tensor | None = None, te
 def hidden_error(student: Tensor, teacher: Tensor, known: Tensor | None = None) -> Tensor:
     """||student - teacher||² / ||teacher||² of each row, mean over rows: how far hidden states are from a teacher's.
 
-    Hidden states are compared as in arXiv 1909.10351, eq. 8, but relative to each row's own size: the few tokens that
-    attention parks on have states hundreds of times larger than all others, and would be all that a plain mean sees.
+    Hidden states are compared as in TinyBERT (arXiv 1909.10351, eq. 8; both have one width, so no W_h is learned), but
+    relative to each row's own size: the few tokens that attention parks on have states hundreds of times larger than
+    all others, and would be all that a plain mean sees.
 
     Args:
         student: (..., features), floating; gradients flow into it.

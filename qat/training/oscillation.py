@@ -1,12 +1,14 @@
-"""Weights that jump to and fro between two codes: found, damped and frozen (arXiv 2203.11086).
+"""Weights that jump to and fro between two codes: found, damped ("dampened") and frozen (arXiv 2203.11086, section 4).
 
 Straight-through gradients are those of the quantized weight, so a weight near a rounding border is pushed over it,
 then back, and never settles.  With w = W / s and codes q = clamp(round(w)):
 
-    turned back (section 2.3)      o = q changed, and in the direction opposite to its last change
-    how often (eq. 4)              f <- m o + (1 - m) f
-    damping (section 4.1)          L = lambda || fq(W) - clip(W) ||^2, fq(W) held;  dW = 2 lambda (W - fq(W)) inside
-    freezing (section 4.2)         where f > threshold: W = s * round(a) from then on, a <- m q + (1 - m) a
+    turned back (section 4.1)      o = q changed, and in the direction opposite to its last change
+    how often (section 4.1)        f <- m o + (1 - m) f
+    damping (section 4.2)          L = lambda || fq(W) - clip(W) ||^2, fq(W) held;  dW = 2 lambda (W - fq(W)) inside
+    freezing                       where f > threshold: W = s * round(a) from then on, a <- m q + (1 - m) a
+
+The authors anneal the threshold of freezing, too; here it is constant.
 """
 
 from typing import Any

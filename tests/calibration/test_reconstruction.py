@@ -33,7 +33,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_h_and_regularizer_are_the_papers_formulas_with_their_gradients():
     v = torch.tensor([-2.0, -0.7, 0.4, 1.5], dtype=torch.float64, requires_grad=True)
-    zeta, gamma = 1.1, -0.1  # arXiv 2004.10568, section 3.3
+    zeta, gamma = 1.1, -0.1  # arXiv 2004.10568, eq. 23
     h = (torch.sigmoid(v.detach()) * (zeta - gamma) + gamma).clip(0, 1)
     torch.testing.assert_close(rectified_sigmoid(v).detach(), h, rtol=1e-14, atol=0)
     for beta in (2.0, 20.0):

@@ -111,7 +111,7 @@ def test_health_goes_on_from_a_checkpoint():
 
 
 def test_the_gradient_ratio_is_the_published_one():
-    """arXiv 1902.08153, eq. 4, over both layers."""
+    """R of arXiv 1902.08153, section 2.2, over both layers."""
     network = model(rows=8)
     generator = torch.Generator().manual_seed(0)
     for layer in layers(network).values():

@@ -42,7 +42,7 @@ def test_turns_go_on_from_a_checkpoint():
 
 
 def test_the_damping_gradient_is_the_slope_of_the_published_loss():
-    """|| fq(W) - clip(W) ||^2 with fq(W) held (arXiv 2203.11086, section 4.1): float64 central differences."""
+    """|| fq(W) - clip(W) ||^2 with fq(W) held (arXiv 2203.11086, section 4.2): float64 central differences."""
     generator = torch.Generator().manual_seed(0)
     weight = 3 * torch.randn(5, 16, generator=generator)  # clipped at -4 and 3.5: both happen
     ours = damping_gradient(layer(weight))
@@ -72,7 +72,7 @@ def test_a_weight_that_turns_back_often_is_frozen_at_the_code_where_it_was_most(
 
 
 def test_the_frequency_is_the_published_moving_average():
-    """arXiv 2203.11086, eq. 4: f <- m o + (1 - m) f."""
+    """arXiv 2203.11086, section 4.1: f <- m o + (1 - m) f."""
     module = layer(torch.zeros(1, 8))
     freezing, expected = Freezing(module, threshold=0.99, momentum=0.25), 0.0
     for step in range(1, 6):
