@@ -446,6 +446,15 @@ BAD = {
     "a nested width that is not below": (["quant=nested", "quant.weight.nested=[8]"], "integer widths from 2 to 7"),
     "weights of widths that are not nested": (["callbacks.nested.weights={{4:1.0}}"], "no layer has nested widths"),
     "an export at a width that is not nested": (["quant=nested", "export_bits=3"], "which are [8, 4, 2]"),
+    "rounding learned between odd numbers": (
+        ["calibration=adaround", "quant=w2a16_odd", "estimator=seq"],
+        "has the odd grid",
+    ),
+    "a second search without a first": (["repeat_search=true"], "needs quant=auto, and steps"),
+    "a second search after no training": (
+        ["quant=auto", "trainer.max_steps=0", "repeat_search=true"],
+        "needs quant=auto, and steps",
+    ),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 
@@ -469,6 +478,13 @@ def test_bad_input_is_refused_before_anything_long(words, message, job, monkeypa
         train(monkeypatch, *base, *changed, f"hydra.run.dir={tmp_path}/run")
     assert message in str(stopped.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_hidden_states_of_a_model_without_blocks_are_refused_before_the_control_is_trained(monkeypatch, tmp_path):
+    words = ["recipe=digits_int8_qat", "objective=distillation", "objective.hidden=1", "logger=none"]
+    with pytest.raises(SystemExit, match="no chain of blocks"):
+        train(monkeypatch, *words, f"control_dir={tmp_path}/controls", f"hydra.run.dir={tmp_path}/run")
+    assert not (tmp_path / "controls").exists()
 
 
 def test_a_tied_head_is_untied_for_the_control_too(job, monkeypatch, tmp_path):

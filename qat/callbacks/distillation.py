@@ -77,12 +77,12 @@ class Distillation(L.Callback):
         """Refuse what cannot be distilled before anything long.
 
         Args:
-            pl_module: before insertion, its model built.
+            pl_module: its model built; the blocks that hidden=... compares are looked for once it is quantized.
             start_step: optimizer steps in float before quantization starts.
             quantizes: whether anything is quantized at all.
 
         Raises:
-            ValueError: another vocabulary, or a model that is its own teacher.
+            ValueError: another vocabulary, a model that is its own teacher, or no blocks to compare.
         """
         if not self._teaches:
             return
@@ -97,7 +97,10 @@ class Distillation(L.Callback):
                 f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
                 "distillation weight below 1"
             )
-        ours, theirs = (_vocabulary(m) for m in (pl_module.get_submodule(self.submodule), self.teacher))
+        part = pl_module.get_submodule(self.submodule)
+        if layers(part):
+            self._blocks(part)
+        ours, theirs = (_vocabulary(m) for m in (part, self.teacher))
         if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(
                 f"the model has {ours} tokens and the teacher {theirs}: distillation needs a teacher with the same "
@@ -198,8 +201,7 @@ class Distillation(L.Callback):
                 f"{self.submodule} has no chain of blocks with quantized layers, so there are no hidden states to "
                 "compare: set objective.hidden=0"
             )
-        assert self.teacher is not None
-        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict(self.teacher.named_modules())
+        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict((self.teacher or part).named_modules())
         if missing := [n for n in names if n not in theirs]:
             raise ValueError(f"the teacher has no {missing[0]}, so it has no hidden states for it: objective.hidden=0")
         return names
