@@ -273,7 +273,7 @@ class Run:
 
     def _train(self, task: L.LightningModule, folder: str = "checkpoints") -> None:
         last = self.out / folder / "last.ckpt"
-        self.history = TrainHistory()
+        self.history = TrainHistory(self.started)
         callbacks: list[L.Callback] = [self.history, instantiate(self.cfg.objective)]
         if self.schemes.quantizes:
             callbacks += self._quantizing()
@@ -306,7 +306,7 @@ class Run:
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
-        self.history, callbacks = TrainHistory(), self._quantizing()
+        self.history, callbacks = TrainHistory(self.started), self._quantizing()
         quantization: Any = callbacks[0]
         trainer = self.trainer = self._trainer(
             self.out / "checkpoints", callbacks, logger=instantiate(self.cfg.logger), limit_train_batches=1
@@ -365,8 +365,7 @@ class Run:
         return summary
 
     def _facts(self) -> dict[str, Any]:
-        choices, steps = HydraConfig.get().runtime.choices, self.trainer.global_step
-        batch = self.data.batch_size * self.trainer.accumulate_grad_batches * self.data.seq_len
+        choices = HydraConfig.get().runtime.choices
         return {
             "recipe": choices["recipe"] or "none",
             "scheme": self.schemes.name,
@@ -377,10 +376,10 @@ class Run:
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
             "objective": choices["objective"],
-            "steps": steps,
-            "tokens": steps * batch,
+            "steps": self.trainer.global_step,
+            "tokens": self.history.seen * self.trainer.world_size,
             "export_dir": str(self.exported_to),
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seconds": round(self.history.seconds, 1),
             "stages": self.stages,
             "versions": versions(),
             "train_history": self.history.rows,
