@@ -31,14 +31,15 @@ def composed(*overrides: str):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Writes a recipe and offers it beside the real ones, for one test."""
+    """Writes a recipe of the user's, offered beside the real ones for one test."""
     group = ConfigStore.instance().repo.setdefault("recipe", {})
     before = dict(group)
-    monkeypatch.setattr(config, "RECIPES", tmp_path)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
 
     def write(name: str, content: str) -> None:
-        (tmp_path / f"{name}.yaml").write_text(content)
-        config.register_recipes(tmp_path)
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(content)
+        config.register_recipes()
 
     yield write
     group.clear()
@@ -120,6 +121,16 @@ def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_groups(recip
     beaten = composed("recipe=mine", "optim.lr=0.25", "quant=w4a8", "seed=4")
     assert (beaten.optim.lr, beaten.seed, beaten.quant.weight.bits) == (0.25, 4, 4)
     assert beaten.quant.weight.granularity == "group"
+
+
+def test_a_recipe_of_the_users_may_not_be_called_as_another_of_ours(recipe):
+    with pytest.raises(ValueError, match="give yours another name"):
+        recipe("llama_int4_qat", "# @package _global_\nseed: 3\n")
+
+
+def test_a_copy_of_our_recipe_is_that_recipe(recipe):
+    recipe("llama_int4_qat", (config.RECIPES / "llama_int4_qat.yaml").read_text())
+    assert config.choices()["recipe"].count("llama_int4_qat") == 1
 
 
 def test_a_recipe_may_inherit_another(recipe):
