@@ -24,7 +24,7 @@ from qat.inference.cpu_step import CpuStep
 from qat.inference.decode import FixedStep, generate, step
 from qat.inference.key_values import row_bytes
 from qat.inference.llama import fused_decoder
-from qat.insertion import insert, layers, prepare, set_stage
+from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import QuantSpec, cache_spec, uniform
 
 ATTENTION = "model.layers.1.self_attn"
@@ -350,6 +350,13 @@ def test_scales_that_readers_would_take_for_absent_are_refused(value, tmp_path):
     key_values(model)[ATTENTION].value_quantizer.scale.data[1] = value
     with pytest.raises(ValueError, match=f"{ATTENTION}: a scale of its values is not positive and finite"):
         export(model, recorded, tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibrated_again_every_quantizer_is_in_float(name):
+    model = trained("Llama", name)
+    CALIBRATIONS["mse"](model, lambda: model(TOKENS, use_cache=False))
+    assert {q.current_stage for q in quantizers(model)} == {Stage.FLOAT}
 
 
 def test_keys_and_values_without_a_record_and_float_exports_of_them_are_refused(tmp_path):

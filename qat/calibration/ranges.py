@@ -100,13 +100,14 @@ class RangeCalibration:
         Raises:
             ValueError: NaN, or no usable token, naming the quantizer.
         """
-        static = {name: q for name, q in _cache_quantizers(model).items() if q.scale is not None}
-        for quantizer in static.values():
+        caches = _cache_quantizers(model)
+        static = [quantizer for quantizer in caches.values() if quantizer.scale is not None]
+        for quantizer in static:
             quantizer.set_stage(Stage.OBSERVE)
             quantizer.observer = OBSERVERS[self.input](quantizer.spec)
         if static:
             run()
-        for name, quantizer in static.items():
+        for name, quantizer in caches.items():
             try:
                 _settle(quantizer)
             except ValueError as error:
