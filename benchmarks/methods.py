@@ -34,7 +34,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from calibration import INT8_INPUT, MODELS, SCHEMES, isolated, outlier_twin
+from calibration import MODELS, SCHEMES, isolated, outlier_twin
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +44,7 @@ from qat.callbacks.control import measure_control, weights_digest
 from qat.callbacks.measure import Measure
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
-from qat.estimators import DSQ, LSQ, STE
+from qat.estimators import DSQ, LSQ, SEQ, STE
 from qat.evaluation import DocumentLosses, difference
 from qat.evaluation.intervals import recovered
 from qat.scheme import uniform
@@ -57,6 +57,7 @@ ESTIMATORS = {
     "lsq": LSQ(),
     "lsq, log2": LSQ(relative=True),
     "dsq": DSQ(),
+    "seq": SEQ(),
     "ste": STE(),
     "ste, absmax": STE(follow="absmax"),
 }
@@ -89,6 +90,7 @@ class Lever:
     damping: float = 0.0
     freezing: float | None = None
     hidden: float = 0.0
+    levels: str = "full"
     steps: int = 120
     batch: int = 4
     grid: tuple[float, ...] = field(default=())
@@ -112,6 +114,8 @@ LEVERS = {
     "DSQ": Lever(estimator="dsq"),
     "STE, calibrated scales": Lever(estimator="ste"),
     "STE, absmax each step": Lever(estimator="ste, absmax"),
+    "2 bits without zero, LSQ": Lever(levels="odd"),
+    "2 bits without zero, SEQ": Lever(levels="odd", estimator="seq"),
     "scale rate 1e-3": Lever(scale_lr=1e-3),
     "scale rate 1e-5": Lever(scale_lr=1e-5),
     "damping 1e-2": Lever(damping=1e-2),
@@ -202,7 +206,7 @@ def quantization(scheme: str, lever: Lever, lr: float, blocks: Path | None = Non
     weight, inputs = SCHEMES[scheme]
     scales = lever.trainable == "scales"
     return Quantization(
-        uniform(weight, inputs, ignore=("*lm_head",)),
+        uniform(replace(weight, grid=lever.levels), inputs, ignore=("*lm_head",)),
         calibration=STARTS[lever.calibration],
         estimator=ESTIMATORS[lever.estimator],
         scale_lr=lr if scales else lever.scale_lr,
@@ -234,7 +238,8 @@ def plain(measured: dict[str, DocumentLosses]) -> dict[str, dict[str, list[float
 
 def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int, blocks: Path) -> dict[str, Any]:
     """Losses by document on both held-out splits after one training, its seconds, and by how much memory rose."""
-    blocks /= f"{kind} {scheme} {lever.calibration} {lever.estimator} {lever.trainable} {seed}".replace(" ", "-")
+    alike = (kind, scheme, lever.levels, lever.calibration, lever.estimator, lever.trainable, str(seed))
+    blocks /= " ".join(alike).replace(" ", "-")
     L.seed_everything(seed, verbose=False)
     task = CausalLM(float_model(kind), lr=lr, weight_decay=0.0)
     data = language(seed, lever.batch)
@@ -375,8 +380,9 @@ def main() -> None:
         for column in ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB"):
             table.add_column(column, justify="left" if column == "lever" else "right")
         for name in arguments.levers:
-            if "rotation" in name and SCHEMES[scheme][1] is not INT8_INPUT:
-                continue  # it serves activations
+            weight, inputs = SCHEMES[scheme]
+            if ("rotation" in name and inputs is None) or (name.startswith("2 bits") and weight.bits != 2):
+                continue  # rotation serves activations
             table.add_row(*row(name, runs, kind, scheme, arguments.seeds))
         console.print(table)
 
