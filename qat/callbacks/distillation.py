@@ -68,6 +68,7 @@ class Distillation(L.Callback):
             raise ValueError(f"distillation's dtype must be one of torch's, such as bfloat16, got {dtype}")
         self.weight, self.temperature, self.submodule, self.hidden = weight, temperature, submodule, hidden
         self.teacher, self.dtype, self.device = teacher, dtype, device
+        self._answered: tuple[list[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
 
     @property
     def _teaches(self) -> bool:
@@ -174,9 +175,8 @@ class Distillation(L.Callback):
             )
         args, kwargs, output = calls[0]
         student = _logits(output, self.submodule)
-        assert self.teacher is not None
-        with torch.no_grad(), _outputs(self.teacher, list(states)) as theirs:
-            teacher = _logits(self._taught(args, kwargs), "the teacher").to(student.device)
+        logits, theirs = self._taught(args, kwargs, list(states))
+        teacher = logits.to(student.device)
         known = _known(batch, kwargs, student)
         own = result["loss"] if isinstance(result, dict) else result
         loss = 0.0 if self.weight == 1 else (1 - self.weight) * own
@@ -206,14 +206,30 @@ class Distillation(L.Callback):
             raise ValueError(f"the teacher has no {missing[0]}, so it has no hidden states for it: objective.hidden=0")
         return names
 
-    def _taught(self, args: Any, kwargs: Any) -> Any:
+    @torch.no_grad()
+    def _taught(self, args: Any, kwargs: Any, blocks: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits and the outputs of its `blocks`; asked once about the same tensors, in one batch."""
         assert self.teacher is not None
+        asked: list[Tensor] = []
+        apply_to_collection((args, kwargs), Tensor, asked.append)
+        if self._answered is not None and _same(self._answered[0], asked):
+            return self._answered[1]
         like = next(self.teacher.parameters())
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
-        return self.teacher(*apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved))
+        with _outputs(self.teacher, blocks) as states:
+            answer = self.teacher(
+                *apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved)
+            )
+        self._answered = asked, (_logits(answer, "the teacher"), states)
+        return self._answered[1]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._answered = None
 
 
 @contextmanager
@@ -230,6 +246,11 @@ def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether these are the same tensors, and not equal ones."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _rows(known: Tensor | None, states: Tensor) -> Tensor | None:
