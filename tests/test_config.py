@@ -201,7 +201,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         (
             "calibration=gptk",
-            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, gptq",
+            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, entropy",
         ),
         (
             "recipe=null",
