@@ -7,8 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from qat.data.windows import IGNORE
-
 
 class TrainHistory(L.Callback):
     """Counts through checkpoints, so that a resumed run has the figures of all its sessions.
@@ -41,7 +39,9 @@ class TrainHistory(L.Callback):
     ) -> None:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, torch.Tensor):
-            self._seen = self._seen + (labels != IGNORE).sum()  # a tensor: reading it would wait for the device
+            self._seen = (
+                self._seen + (labels != -100).sum()
+            )  # torch's ignore_index; a tensor, since reading waits for devices
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.rows.append({"step": trainer.global_step, "loss": float(outputs["loss"])})
 
