@@ -1,0 +1,31 @@
+"""A training's own record of itself."""
+
+import time
+
+import torch
+
+from qat.callbacks.history import TrainHistory
+
+
+class Trainer:
+    global_step, log_every_n_steps = 1, 10
+
+
+def seen_after(history: TrainHistory, *labels: torch.Tensor) -> int:
+    for batch in labels:
+        history.on_train_batch_end(Trainer(), None, {"loss": 0.0}, {"labels": batch}, 0)
+    return history.seen
+
+
+def test_what_is_counted_has_a_label():
+    masked = torch.tensor([[1, 2, -100], [-100, -100, 3]])
+    assert seen_after(TrainHistory(0.0), masked, torch.tensor([7, 8])) == 5
+
+
+def test_a_resumed_training_counts_all_its_sessions():
+    first = TrainHistory(started=time.monotonic() - 100)
+    seen_after(first, torch.ones(4))
+    second = TrainHistory(started=time.monotonic() - 10)
+    second.load_state_dict(first.state_dict())
+    assert seen_after(second, torch.ones(3)) == 7
+    assert 110 <= second.seconds < 115
