@@ -133,8 +133,8 @@ class LSQ(Estimator):
             sum of their losses.
         relative: learn log2 |scale|, as TQT does (arXiv 1903.08066): a step of the optimizer moves small and large
             scales by the same factor, and never changes a sign.  What is stored is the scale all the same.  TQT's
-            scales are powers of two, one a tensor, and its gradient passes half a scale beyond the outermost codes;
-            these are neither, since artifacts hold any scale, and are inside where LSQ is.
+            scales are powers of two, one a tensor, without `scale_gradient`, and its gradient passes half a scale
+            beyond the outermost codes; here artifacts hold any scale, and what is inside is as for LSQ.
     """
 
     scale_gradient: bool = True
@@ -156,7 +156,7 @@ class LSQ(Estimator):
         return grad_x, self._as_learned(grad_scale, x.numel(), scale, spec)
 
     def of_codes(self, grad: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-        """The scale's gradient where codes are constants: ds = sum over the group of g * code, exact.
+        """The scale's gradient where codes are constants (arXiv 2407.11062, section 3.3): ds = sum of g * code, exact.
 
         Args:
             grad: (out, in), floating, of code * s.
@@ -189,8 +189,9 @@ class SEQ(LSQ):
     which LSQ clips.  Its alpha is 2^bits scales here on the odd grid (k = 4 at 2 bits, the levels +-1/4 and +-3/4 of
     alpha), and 3/2 of a scale on the ternary one (k = 3; with neither 1/2, as in the authors' code, so that 0 is a
     level).  That code clips at 0.99 alpha, lest the largest weight round to a level that is not there; here codes are
-    clamped after rounding.  It starts from alpha = max|w|, which is the scale of `calibration=absmax`.  The full grid,
-    which is not symmetric around zero, is left to LSQ, as in the paper.
+    clamped after rounding.  It starts from alpha = max|w|, which is the scale of `calibration=absmax`, and its
+    counterpart of `scale_gradient` differs by a constant, which Adam divides out.  The full grid, which is not
+    symmetric around zero, is left to LSQ, as in the paper.
     """
 
     def margin(self, spec: QuantSpec) -> float:

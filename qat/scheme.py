@@ -33,7 +33,7 @@ class QuantSpec:
         bits: width, 2 to 8; 8 for floats.
         grid: which integers are codes.  `full`: all that `bits` hold, from -2^(bits-1).  `narrow`: all but that one,
             symmetric around zero; ternary at 2 bits.  `odd`: the 2^bits odd integers around zero (-3, -1, 1, 3 at
-            2 bits), symmetric and without zero, the scale being half a step (the levels of ParetoQ, arXiv 2502.02631).
+            2 bits; "mid-rise"), symmetric and without zero, the scale being half a step (ParetoQ, arXiv 2502.02631).
         granularity: what shares a scale: the `tensor`, an output `channel`, a `group` of
             `group_size` consecutive inputs of one channel, or a `token` (activations); of keys and values a `head`, or
             a `token` in a head.

@@ -153,7 +153,8 @@ def gptq_codes(
 ) -> Tensor:
     """Codes that minimise tr((W - Q) H (W - Q)^T) greedily, column by column.
 
-    A column whose input was always 0 (a dead one) is rounded to nearest, and takes no part in the others' updates.
+    A column whose input was always 0 (a dead one) is rounded to nearest (the authors' code sets it to 0), and takes no
+    part in the others' updates.
 
     Args:
         weight: (out, in), floating.

@@ -6,8 +6,8 @@ For each block, with the inputs x' that the quantized blocks before it make of w
 
 so that a block also makes up for the error of those before it.  What learns is the `rounding`: whether each weight goes
 to the code below or above it (AdaRound, arXiv 2004.10568, section 3.3, which treats a layer at a time); or the
-`weights`: all parameters of the block and its scales (Block-AP of EfficientQAT, arXiv 2407.11062; zero points are 0
-here, and rates fall in a straight line where the authors' code has a cosine).
+`weights`: all parameters of the block and its scales (Block-AP of EfficientQAT, arXiv 2407.11062, section 3.2; zero
+points are 0 here, and rates fall in a straight line where the authors' code has a cosine).
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Nested widths as a callback: a step trains the same weights and scales at each (arXiv 2502.06786, section 3.2).
+"""Nested widths (MatQuant) as a callback: a step trains the same weights at each (arXiv 2502.06786, eq. 7).
 
     sum over widths r of lambda_r * loss(model whose weights are the r high bits of the codes)
 
