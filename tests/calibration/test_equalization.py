@@ -80,6 +80,30 @@ def test_smoothquant_divides_by_the_papers_factor(tiny_llama):
     torch.testing.assert_close(SmoothQuant().factor(inputs, pair, 0.7), expected)
 
 
+def test_awq_takes_the_exponent_with_the_smallest_error_by_the_papers_formulas(tiny_llama):
+    """arXiv 2306.00978, eqs. 4 and 5: s = mean|x|^a, the smallest || Q(W diag(s)) diag(s)^-1 X - W X ||."""
+    model, data, seen = inserted(hostile(tiny_llama())), batches(real=(24, 24)), []
+    block, exponents = model.model.layers[0], (0.0, 0.5, 1.0, 0.75, 0.25)
+    hook = block.mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    runner(model, data)()
+    hook.remove()
+    x, errors = torch.cat(seen).double(), []
+    for exponent in exponents:
+        s, error = x.abs().mean(0) ** exponent, 0.0
+        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+            weight = layer.weight.detach().double()
+            step = (weight * s).unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 7.5
+            codes = ((weight * s).unflatten(1, (-1, 32)) / step).round().clamp(-8, 7)
+            quantized = (codes * step).flatten(1)
+            error += float(((x / s) @ quantized.T - x @ weight.T).square().sum())
+        errors.append(error)
+    two = sorted(errors)[:2]
+    assert two[1] > 1.05 * two[0], "scales rounded to bfloat16 could choose another"
+    awq = AWQ(exponents=exponents, pairs=("gate_up",), tokens=len(x))
+    best = exponents[errors.index(two[0])]
+    assert awq.equalize(block, runner(model, data)) == {"post_attention_layernorm": best} and best > 0
+
+
 def test_query_heads_that_share_a_value_head_share_its_factors(tiny_llama):
     pair = find_pairs(tiny_llama().model.layers[0], ("o",))[0]
     factor = torch.arange(1.0, 65.0)  # 2 value heads of 32 features, each read by 2 query heads
