@@ -227,7 +227,7 @@ class Histogram(MinMax):
 
 
 class Percentile(Histogram):
-    """Covers a share of all values, and clips the rest (arXiv 2004.09602, "Calibration").
+    """Covers a share of all values, and clips the rest (the "percentile" of arXiv 2004.09602).
 
     Args:
         spec: of the tensor that is observed.
@@ -264,7 +264,7 @@ _NARROWER = [1 - step / 128 for step in range(121)]
 
 
 class Entropy(Histogram):
-    """The range whose quantized histogram says most of the original one: TensorRT's (arXiv 2004.09602, "Calibration").
+    """The range whose quantized histogram says most of the original one (TensorRT's "entropy"; arXiv 2004.09602).
 
     Minimises KL(P || Q) over ranges.  P is the histogram within the range, what lies beyond it added at its ends.  Q is
     what codes keep of the values within: the count of each code, spread evenly over those of its bins that P fills.  A

@@ -39,9 +39,8 @@ class TrainHistory(L.Callback):
     ) -> None:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, torch.Tensor):
-            self._seen = (
-                self._seen + (labels != -100).sum()
-            )  # torch's ignore_index; a tensor, since reading waits for devices
+            # -100 is torch's ignore_index.  The sum stays a tensor: to read it would be to wait for the device.
+            self._seen = self._seen + (labels != -100).sum()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.rows.append({"step": trainer.global_step, "loss": float(outputs["loss"])})
 
