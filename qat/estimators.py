@@ -2,7 +2,7 @@
 
 With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the gradient of the quantized tensor:
 
-    STE (arXiv 1308.3432; 0 where clipped, as in arXiv 2203.11086, section 2.1):  dx = g * inside
+    STE (arXiv 1308.3432, section 4; 0 where clipped, as in arXiv 2203.11086, section 2.1):  dx = g * inside
     LSQ (arXiv 1902.08153, sections 2.1 and 2.2):  dx = g * inside
         ds = scale_gradient * sum over the group of g * (round(v) - v   inside,
                                                           qmin or qmax   outside)
