@@ -9,7 +9,7 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
     LSQ, relative (after TQT, arXiv 1903.08066):  d(log2 s) = ds * s * ln 2
     DSQ (arXiv 1908.05033, section 3.2):  LSQ with soft'(v) >= 0 of mean 1 in the place of the straight line's 1:
         dx = g * soft'(v) * inside,   ds = scale_gradient * sum of g * (code - v * soft'(v) * inside)
-    PACT (arXiv 1805.06085), two-sided:  dx = g * inside,   ds = sum of g * code outside
+    PACT (arXiv 1805.06085, eq. 3), two-sided:  dx = g * inside,   ds = sum of g * code outside
 
     SEQ (ParetoQ, arXiv 2502.02631):  LSQ on a symmetric grid, inside = (|v| <= qmax + half a step)
     LSQ+ (arXiv 2004.09576), v = (x - offset) / s:  LSQ, and
@@ -291,8 +291,8 @@ class DSQ(LSQ):
 class PACT(Estimator):
     """Learned clipping of static activations (arXiv 1805.06085): only clipped values say where to clip.
 
-    The paper clips at 0 and at a learned alpha, whose gradient is the sum of g where x >= alpha; signed activations are
-    clipped at qmin * s and at alpha = qmax * s.
+    The paper clips at 0 and at a learned alpha, whose gradient is the sum of g where x >= alpha (eqs. 1 and 3); signed
+    activations are clipped at qmin * s and at alpha = qmax * s.
     Its regularizer, lambda * alpha^2, is a weight decay of the scales: `scale_decay` of
     `QuantizationAwareTraining` and of `qat.parameter_groups`.  Without it a level only moves where values are clipped.
     """

@@ -326,7 +326,7 @@ def test_dsq_refuses_the_odd_grid():
 
 
 def test_pact_moves_its_level_by_clipped_values_only():
-    """arXiv 1805.06085: d/dalpha is 1 where x >= alpha = qmax * s and 0 inside; mirrored at qmin * s."""
+    """arXiv 1805.06085, eq. 3: d/dalpha is 1 where x >= alpha = qmax * s and 0 inside; mirrored at qmin * s."""
     spec = QuantSpec(bits=4, granularity="tensor", scale_dtype="float32")
     x = torch.tensor([[0.3, 3.49, 3.6, 9.0, -3.9, -4.1, -7.0]])
     grad = torch.tensor([[1.0, 10.0, 2.0, 3.0, 100.0, 5.0, 7.0]])
