@@ -292,9 +292,10 @@ class PACT(Estimator):
     """Learned clipping of static activations (arXiv 1805.06085): only clipped values say where to clip.
 
     The paper clips at 0 and at a learned alpha, whose gradient is the sum of g where x >= alpha (eqs. 1 and 3); signed
-    activations are clipped at qmin * s and at alpha = qmax * s.
-    Its regularizer, lambda * alpha^2, is a weight decay of the scales: `scale_decay` of
-    `QuantizationAwareTraining` and of `qat.parameter_groups`.  Without it a level only moves where values are clipped.
+    activations are clipped at qmin * s and at alpha = qmax * s.  Its regularizer, lambda * alpha^2, is a weight decay
+    of the scales: `scale_decay` of `QuantizationAwareTraining` and of `qat.parameter_groups`.  Without it a level only
+    moves where values are clipped.  The paper starts from a large alpha, which that brings down; here a calibration
+    sets it.
     """
 
     learns_scale = True
