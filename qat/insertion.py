@@ -200,9 +200,8 @@ def insert(
         if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
             layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
     if schemes.kv_cache is not None:
-        device = next(model.parameters()).device
         for attention in attentions(model).values():
-            heads = kv_heads(attention)
+            heads, device = kv_heads(attention), attention.k_proj.weight.device  # type: ignore[union-attr]
             quantized = FakeQuantKeyValues(schemes.kv_cache, heads, input_estimator or estimator, device)
             quantize_key_values(attention, quantized)
     return layers(model)
