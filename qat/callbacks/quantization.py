@@ -7,7 +7,7 @@ checkpoint carries it, and every phase is chosen by `step >= border`, so a resum
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ class QuantizationAwareTraining(L.Callback):
         pl_module.eval()
         try:
             for batch in loader:
-                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with trainer.precision_plugin.forward_context(), token_mask(mask), muted(pl_module):
                     self.forward(pl_module, to_device(batch, pl_module))
         finally:
