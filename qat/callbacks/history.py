@@ -14,8 +14,10 @@ class TrainHistory(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.rows.append({"step": trainer.global_step, "loss": float(outputs["loss"])})
+        step, last = trainer.global_step, self.rows[-1]["step"] if self.rows else 0
+        # Once a step, whose batches may be several.
+        if step > last and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.rows.append({"step": step, "loss": float(outputs["loss"])})
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
