@@ -1,5 +1,6 @@
 """Callbacks on language modules that are somebody else's: their batches, and how these run."""
 
+import copy
 from types import SimpleNamespace
 
 import lightning as L
@@ -71,7 +72,10 @@ def test_rotary_frequencies_keep_their_dtype_in_a_model_that_changes_it(tiny_lla
     model = tiny_llama()
     exact = model.model.rotary_emb.inv_freq.clone()
     prepare(model, W8A8)
+    twin = copy.deepcopy(model)
     model.to(torch.bfloat16)
+    assert twin.lm_head.weight.dtype == torch.float32
+    assert torch.equal(twin.to(torch.float16).model.rotary_emb.inv_freq, exact)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
