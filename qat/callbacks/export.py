@@ -66,6 +66,8 @@ class Export(L.Callback):
         with record(model) as recorded:
             batch = self._batch if self._batch is not None else next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
             pl_module.train()
+            for norm in (m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+                norm.eval()  # the statistics of one batch more would be no part of what was measured
             with torch.no_grad(), trainer.precision_plugin.forward_context(), muted(pl_module):
                 quantization.forward(pl_module, to_device(batch, pl_module))
         exported = export(model, recorded, directory, tokenizer=self.tokenizer, dtype=self.dtype)

@@ -50,7 +50,7 @@ class QuantizationAwareTraining(L.Callback):
         untie: give an output layer that shares the embedding's weight its own copy first.
         calibration_loader: batches for calibrations that need data; by default the datamodule's
             `calibration_dataloader()`.
-        forward: (module, batch) -> anything; how one such batch runs.
+        forward: (module, batch) -> anything; how one such batch runs, and the last training batch for an export.
         calibration_folder: where a calibration keeps finished blocks, so that a killed one goes on; None: nowhere.
     """
 
