@@ -6,7 +6,7 @@
 Per method and scheme: KL(float || quantized) over the validation windows, and the loss difference to float over the
 test documents, both in millinats per token with a 95 % interval (bootstrap over documents); seconds; and by how much
 calibrating raised the peak memory of its process.  A calibration seed draws other windows of the calibration split;
-methods that look at weights alone are run with the first seed only.
+methods that look at weights alone are run with the first seed only, and observers of inputs on the static scheme only.
 
 `outliers` is the outlier twin of the embedded model: the same function, but 1 in 32 of the gains of every norm
 multiplied by 10 to 100 and the columns after it divided, so that activations have the outliers of large models.  Every
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from qat.calibration import AWQ, CALIBRATIONS, GPTQ, RangeCalibration, Reconstruction, Rotation, SmoothQuant
 from qat.calibration.llama_like import find_pairs
+from qat.calibration.ranges import OBSERVERS
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
 from qat.data.windows import IGNORE
@@ -41,8 +42,10 @@ from qat.structure import untie
 from qat.tasks.models import load
 
 MSE = RangeCalibration("mse")
+INPUTS = {f"mse, {name} inputs": RangeCalibration(name, input=name) for name in OBSERVERS if name != "mse"}
 METHODS = {
     **CALIBRATIONS,
+    **INPUTS,
     "gptq": GPTQ(),
     "gptq, weighted": GPTQ("gptq, weighted", ranges=RangeCalibration("weighted_mse", importance=0.5)),
     "gptq, block": GPTQ("gptq, block", sequential="block"),
@@ -66,6 +69,7 @@ SCHEMES = {
     "w2-g64": (QuantSpec(bits=2, granularity="group", group_size=64), None),
     "w4a8-g128": (QuantSpec(bits=4, granularity="group", group_size=128), INT8_INPUT),
     "w8a8-channel": (QuantSpec(bits=8, granularity="channel"), INT8_INPUT),
+    "w8a8-static": (QuantSpec(bits=8, granularity="channel"), QuantSpec(bits=8, granularity="tensor")),
 }
 MODELS = ("plain", "outliers")
 WINDOWS = 128
@@ -211,6 +215,12 @@ def tables(cells: dict[str, dict], arguments: argparse.Namespace) -> Iterator[Ta
         yield table
 
 
+def differs(scheme: str, method: str, first: bool) -> bool:
+    """Whether a cell says anything that another one, perhaps of the `first` seed, does not."""
+    static = SCHEMES[scheme][1] not in (None, INT8_INPUT)
+    return static or (method not in INPUTS and (first or method not in WEIGHTS_ALONE))
+
+
 def _text(found: list[dict]) -> str:
     """Means over seeds; the KL's deviation over seeds, or its interval where there is one seed only."""
     if not found:
@@ -239,7 +249,7 @@ def main() -> None:
         batches = calibration_batches(data, seed)
         for kind, scheme, method in itertools.product(arguments.models, arguments.schemes, arguments.methods):
             key = f"{kind} {scheme} {method} seed={seed}"
-            if key in state["cells"] or (method in WEIGHTS_ALONE and seed != arguments.seeds[0]):
+            if key in state["cells"] or not differs(scheme, method, seed == arguments.seeds[0]):
                 continue
             found = isolated(cell, arguments.threads, models[kind], data, references[kind], batches, (scheme, method))
             state["cells"][key] = found | {"threads": arguments.threads}

@@ -9,8 +9,10 @@ recipe itself, which has 16, is the lever "16 windows a step".  The learning rat
 torchao's QAT and of what has a grid of its own are chosen on the validation split with the first seed; other levers
 train at the default's rate.  Figures are losses on the test split, in millinats per token, with 95 % intervals over
 documents, paired.  Recovery over control is (PTQ(control) - method) / (PTQ(control) - control): the control is the
-float model fine-tuned for as many steps at the best of its own rates, and its PTQ the better one of GPTQ and AWQ before
-GPTQ on the validation split.  `outliers` is the outlier twin of `calibration.py`.
+float model fine-tuned for as many steps at the best of its own rates, and its PTQ the best one of GPTQ, AWQ before GPTQ
+and learned rounding on the validation split.  Seconds and memory (by how much training raises the peak of its process;
+read from Linux's /proc) are of training, without the calibration before it, which runs that start alike share.
+`outliers` is the outlier twin of `calibration.py`.
 
 ModelOpt installs beside (`pip install nvidia-modelopt`); without it, leave its levers out by --levers.  Each run has a
 process of its own, and every finished run is kept in the JSON file with all that it was run with, so an interrupted
@@ -22,7 +24,7 @@ import importlib.util
 import itertools
 import json
 import os
-import resource
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -32,17 +34,17 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from calibration import INT8_INPUT, MODELS, SCHEMES, isolated, outlier_twin
+from calibration import MODELS, SCHEMES, isolated, outlier_twin
 from rich.console import Console
 from rich.table import Table
 
-from qat.calibration import AWQ, CALIBRATIONS, GPTQ, Calibration, Rotation
+from qat.calibration import AWQ, CALIBRATIONS, GPTQ, Calibration, Reconstruction, Rotation
 from qat.callbacks import Distillation, LoRA, Oscillation, QuantizationAwareTraining, ScalesOnly
 from qat.callbacks.control import measure_control, weights_digest
 from qat.callbacks.measure import Measure
 from qat.data.documents import python_stdlib
 from qat.data.language import LanguageData
-from qat.estimators import DSQ, LSQ, STE
+from qat.estimators import DSQ, LSQ, SEQ, STE
 from qat.evaluation import DocumentLosses, difference
 from qat.evaluation.intervals import recovered
 from qat.scheme import uniform
@@ -55,6 +57,7 @@ ESTIMATORS = {
     "lsq": LSQ(),
     "lsq, log2": LSQ(relative=True),
     "dsq": DSQ(),
+    "seq": SEQ(),
     "ste": STE(),
     "ste, absmax": STE(follow="absmax"),
 }
@@ -63,6 +66,8 @@ STARTS: dict[str, Calibration] = {
     "awq": AWQ(),
     "awq, gptq": AWQ("awq, gptq", then=GPTQ()),
     "rotation, gptq": Rotation("rotation, gptq"),
+    "adaround": Reconstruction(),
+    "block_ap": Reconstruction("block_ap", learn="weights", lr=1e-3),
 }
 GRID = (1e-4, 3e-4, 1e-3)
 
@@ -85,27 +90,32 @@ class Lever:
     damping: float = 0.0
     freezing: float | None = None
     hidden: float = 0.0
+    levels: str = "full"
     steps: int = 120
     batch: int = 4
     grid: tuple[float, ...] = field(default=())
 
 
-DEFAULT = Lever(grid=GRID)
 LEVERS = {
-    "default": DEFAULT,
+    "default": Lever(grid=GRID),
     "torchao": Lever("torchao", distillation=0.0, grid=GRID),
     "torchao, distilled": Lever("torchao", grid=GRID),
     "ModelOpt": Lever("modelopt", distillation=0.0, grid=GRID),
     "ModelOpt, distilled": Lever("modelopt", grid=GRID),
     "next token": Lever(distillation=0.0),
+    "from MSE ranges": Lever(calibration="mse"),
     "from weighted MSE": Lever(calibration="weighted_mse"),
     "from AWQ": Lever(calibration="awq"),
     "from AWQ, then GPTQ": Lever(calibration="awq, gptq"),
     "from rotation, then GPTQ": Lever(calibration="rotation, gptq"),
+    "from learned rounding": Lever(calibration="adaround"),
+    "from Block-AP": Lever(calibration="block_ap"),
     "LSQ, log2 of scales": Lever(estimator="lsq, log2"),
     "DSQ": Lever(estimator="dsq"),
     "STE, calibrated scales": Lever(estimator="ste"),
     "STE, absmax each step": Lever(estimator="ste, absmax"),
+    "2 bits without zero, LSQ": Lever(levels="odd"),
+    "2 bits without zero, SEQ": Lever(levels="odd", estimator="seq"),
     "scale rate 1e-3": Lever(scale_lr=1e-3),
     "scale rate 1e-5": Lever(scale_lr=1e-5),
     "damping 1e-2": Lever(damping=1e-2),
@@ -168,17 +178,42 @@ def float_model(kind: str) -> torch.nn.Module:
     return outlier_twin(model) if kind == "outliers" else model
 
 
-def quantization(scheme: str, lever: Lever, lr: float) -> QuantizationAwareTraining:
+class Quantization(QuantizationAwareTraining):
+    """Knows how long its calibration took, after which memory is looked at anew."""
+
+    spent = 0.0
+
+    def calibrate(self, *arguments, **named) -> None:
+        start = time.perf_counter()
+        super().calibrate(*arguments, **named)
+        self.spent += time.perf_counter() - start
+        forget_peak()
+
+
+def forget_peak() -> None:
+    """From here on, `peak_mb` is of what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def quantization(scheme: str, lever: Lever, lr: float, blocks: Path | None = None) -> Quantization:
+    """`blocks` keeps what is calibrated, for others that start as this one does."""
     weight, inputs = SCHEMES[scheme]
     scales = lever.trainable == "scales"
-    return QuantizationAwareTraining(
-        uniform(weight, inputs, ignore=("*lm_head",)),
+    return Quantization(
+        uniform(replace(weight, grid=lever.levels), inputs, ignore=("*lm_head",)),
         calibration=STARTS[lever.calibration],
         estimator=ESTIMATORS[lever.estimator],
         scale_lr=lr if scales else lever.scale_lr,
         freeze_share=0.0 if scales else 0.1,
         submodule="model",
         untie=lever.calibration.startswith("rotation"),
+        calibration_folder=blocks,
     )
 
 
@@ -197,15 +232,18 @@ def trainer(steps: int, callbacks: Iterable[L.Callback]) -> L.Trainer:
 
 def plain(measured: dict[str, DocumentLosses]) -> dict[str, dict[str, list[float]]]:
     """As JSON has it."""
-    return {split: {k: getattr(m, k).tolist() for k in ("nll", "correct", "tokens")} for split, m in measured.items()}
+    fields = ("nll", "correct", "tokens")
+    return {s: {k: np.round(getattr(m, k), 4).tolist() for k in fields} for s, m in measured.items()}
 
 
-def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int) -> dict[str, Any]:
+def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int, blocks: Path) -> dict[str, Any]:
     """Losses by document on both held-out splits after one training, its seconds, and by how much memory rose."""
+    alike = (kind, scheme, lever.levels, lever.calibration, lever.estimator, lever.trainable, str(seed))
+    blocks /= " ".join(alike).replace(" ", "-")
     L.seed_everything(seed, verbose=False)
     task = CausalLM(float_model(kind), lr=lr, weight_decay=0.0)
     data = language(seed, lever.batch)
-    ours: Any = quantization(scheme, lever, lr) if lever.method == "qat" else None
+    ours: Any = quantization(scheme, lever, lr, blocks) if lever.method == "qat" else None
     callbacks: list[L.Callback] = [Distillation(lever.distillation, lever.temperature, hidden=lever.hidden)]
     if lever.method in PEERS:
         callbacks.append(PEERS[lever.method](scheme))
@@ -213,12 +251,13 @@ def trained(kind: str, scheme: str, lever: Lever, lr: float, seed: int) -> dict[
         learn = {"all": [], "lora": [LoRA(r=16)], "scales": [ScalesOnly()]}[lever.trainable]
         callbacks += [ours, *learn, Oscillation(lever.damping, lever.freezing)]
     run = trainer(lever.steps, callbacks)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    forget_peak()
+    before, start = peak_mb(), time.perf_counter()
     run.fit(task, data)
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, after = time.perf_counter() - start - (ours.spent if ours else 0.0), peak_mb()
     run.datamodule = data
     found = {"losses": plain(Measure(run, task, ours)("trained"))}
-    return found | {"seconds": round(seconds, 1), "memory_mb": round((after - before) / 1024, 1)}
+    return found | {"seconds": round(seconds, 1), "memory_mb": round(after - before, 1)}
 
 
 def control(kind: str, scheme: str | None, lr: float, seed: int, steps: int, batch: int) -> dict[str, Any]:
@@ -228,18 +267,18 @@ def control(kind: str, scheme: str | None, lr: float, seed: int, steps: int, bat
     run = trainer(steps, [])
     run.fit(task, data)
     run.datamodule = data
-    callback: Any = None if scheme is None else quantization(scheme, DEFAULT, lr)
+    callback: Any = None if scheme is None else quantization(scheme, Lever(), lr)
     if callback is None:
         return {"losses": plain(Measure(run, task, callback)("control"))}
-    measured = measure_control(task, run, callback, [CALIBRATIONS["gptq"], STARTS["awq, gptq"]])
+    measured = measure_control(task, run, callback, [STARTS[name] for name in ("gptq", "awq, gptq", "adaround")])
     return {"losses": plain(measured.ptq), "calibration": measured.calibration}
 
 
 class Runs:
     """Finished runs by what they were, in a JSON file; what is not there is run."""
 
-    def __init__(self, path: Path, threads: int, console: Console):
-        self.path, self.threads, self.console = path, threads, console
+    def __init__(self, path: Path, blocks: Path, threads: int, console: Console):
+        self.path, self.blocks, self.threads, self.console = path, blocks, threads, console
         model = weights_digest(load("stdlib_llama")[0])
         self.state = json.loads(path.read_text()) if path.exists() else {"model": model, "runs": {}}
         if self.state["model"] != model:
@@ -269,7 +308,7 @@ class Runs:
         lever = LEVERS[name]
         facts = {k: v for k, v in asdict(lever).items() if k != "grid"}
         title = f"{kind} {scheme} {name} lr={lr:g} seed={seed}"
-        return self(trained, title, facts, kind, scheme, replace(lever, grid=()), lr, seed)
+        return self(trained, title, facts, kind, scheme, replace(lever, grid=()), lr, seed, self.blocks)
 
     def best_rate(self, kind: str, scheme: str, name: str, seed: int) -> float:
         """Of the lever's grid, or of the default's, on the validation split."""
@@ -326,6 +365,7 @@ def main() -> None:
     parser.add_argument("--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), metavar="LEVER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses the learning rates")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
+    parser.add_argument("--blocks", type=Path, default=Path("outputs/methods"), help="keeps what is calibrated")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
     arguments = parser.parse_args()
     peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
@@ -333,15 +373,16 @@ def main() -> None:
         parser.error(f"{missing} is not installed here: leave its levers out with --levers")
     torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
     console = Console(width=160)
-    runs = Runs(arguments.json, arguments.threads, console)
+    runs = Runs(arguments.json, arguments.blocks, arguments.threads, console)
     for kind, scheme in itertools.product(arguments.models, arguments.schemes):
         title = f"{kind}, {scheme}: test loss above the control's, millinats per token; seeds {arguments.seeds}"
         table = Table(title=title)
         for column in ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB"):
             table.add_column(column, justify="left" if column == "lever" else "right")
         for name in arguments.levers:
-            if "rotation" in name and SCHEMES[scheme][1] is not INT8_INPUT:
-                continue  # it serves activations
+            weight, inputs = SCHEMES[scheme]
+            if ("rotation" in name and inputs is None) or (name.startswith("2 bits") and weight.bits != 2):
+                continue  # rotation serves activations
             table.add_row(*row(name, runs, kind, scheme, arguments.seeds))
         console.print(table)
 

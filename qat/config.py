@@ -1,4 +1,5 @@
-"""Hydra glue: the config folders, recipes/ as the config group `recipe`, and errors that name the nearest key.
+"""Hydra glue: the config folders, recipes (ours and the user's) as the config group `recipe`, and errors that name the
+nearest key.
 
 Hydra accepts a misspelt key in a recipe silently; `unknown_keys` compares a composed config with what the
 chosen group files and the signatures of their `_target_`s know.
@@ -28,15 +29,29 @@ CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
-def register_recipes(folder: Path = RECIPES) -> None:
-    """Register every recipes/<name>.yaml as `recipe=<name>`.
+def recipe_files() -> dict[str, Path]:
+    """Every recipe by name: those that qat comes with, and those in a folder recipes/ of the working directory.
+
+    Raises:
+        ValueError: one of the user's is called as another of ours.
+    """
+    files = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    for path in sorted(Path("recipes").glob("*.yaml")):
+        ours = files.setdefault(path.stem, path)
+        if ours.read_bytes() != path.read_bytes():
+            raise ValueError(f"{path} is called as a recipe that qat comes with, {ours}: give yours another name")
+    return files
+
+
+def register_recipes() -> None:
+    """Register every recipe file as `recipe=<name>`.
 
     A Hydra search path maps a folder's own name to a group, so recipes/ on it could never answer
     to `recipe=`; and `-m 'recipe=glob(*)'` does not look into `hydra.searchpath` at all (1.3.8).
     """
-    for path in sorted(folder.glob("*.yaml")):
+    for name, path in recipe_files().items():
         ConfigStore.instance().store(
-            group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_", provider=str(path)
+            group="recipe", name=name, node=OmegaConf.load(path), package="_global_", provider=str(path)
         )
 
 
@@ -44,7 +59,7 @@ def choices() -> dict[str, list[str]]:
     """What every config group offers: {"recipe": [...], "quant": [...], ...}."""
     folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
     groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in folders}
-    return {"recipe": sorted(p.stem for p in RECIPES.glob("*.yaml")), **groups}
+    return {"recipe": sorted(recipe_files()), **groups}
 
 
 def check_overrides(overrides: list[str]) -> None:

@@ -23,14 +23,14 @@ log = logging.getLogger("qat")
 
 def main() -> None:
     """`python train.py ...` and `qat train ...`: checks the command line first, then hands it to Hydra."""
-    register_recipes()
     words = [w for w in sys.argv[1:] if not w.startswith("-")]
-    if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info"} & set(sys.argv):
-        try:
+    try:
+        register_recipes()
+        if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info"} & set(sys.argv):
             check_overrides(words)
             _check_folder(words)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are caught in _job; the rest are bugs and need their trace
     _hydra_main()
 

@@ -4,6 +4,8 @@ Each observes rows of values that will share a scale, (rows, n), any number of t
 one scale a row.  For a weight the rows are its groups; for an activation there is one row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,31 @@ class MinMax:
     def _offset(self, reach: Tensor | None, scale: Tensor) -> Tensor:
         assert reach is not None
         return -reach[:, 0] - self.spec.qmin * scale
+
+    def _shrunk(self, ratios: list[float], cost: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """`reach`, each end of it in turn (the upper one first) multiplied by the ratio of the least cost.
+
+        Args:
+            ratios: tried in this order; the first of equals stays.
+            cost: (rows,), of a reach and of the scales (rows, 1) and zero points (rows, 1), or None, that it has.
+        """
+        assert self.reach is not None
+        reach = self.reach
+        for end in reversed(range(reach.shape[1])):
+            whole, best = reach.clone(), reach
+            least = torch.full_like(reach[:, 0], torch.inf)
+            for ratio in ratios:
+                tried = whole.clone()
+                tried[:, end] *= ratio
+                scale = self._covering(tried)
+                zero = (
+                    None if self.spec.symmetric else zero_point(self._offset(tried, scale), scale, self.spec)[:, None]
+                )
+                found = cost(tried, scale[:, None], zero)
+                best = torch.where((found < least)[:, None], tried, best)
+                least = torch.minimum(found, least)
+            reach = best
+        return reach
 
 
 class EMA(MinMax):
@@ -153,23 +180,123 @@ class MSE(MinMax):
 
     def _shrink_ends(self, values: Tensor) -> Tensor:
         """Of an asymmetric tensor: shrink what is covered above 0, then below, each to the least squared error."""
-        values, reach = values[..., self._sample(values.shape[-1])], self.reach
-        assert reach is not None
-        for end in (1, 0):
-            whole, best = reach.clone(), reach
-            least = torch.full_like(reach[:, 0], torch.inf)
-            for ratio in self.ratios:
-                tried = whole.clone()
-                tried[:, end] *= ratio
-                scale = self._covering(tried)
-                zero = zero_point(self._offset(tried, scale), scale, self.spec)
-                found = fake_quantize(values, scale[:, None], self.spec, zero[:, None])
-                error = found.sub_(values).square_().sum(-1)
-                best = torch.where((error < least)[:, None], tried, best)
-                least = torch.minimum(error, least)
-            reach = best
-        self.reach = reach
-        return self._covering(reach)
+        values = values[..., self._sample(values.shape[-1])]
+
+        def squared_error(_: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+            return fake_quantize(values, scale, self.spec, zero).sub_(values).square_().sum(-1)
+
+        self.reach = self._shrunk(self.ratios, squared_error)
+        return self._covering(self.reach)
+
+
+class Histogram(MinMax):
+    """Counts values in equal bins over [-limit, limit) of each row; a limit doubles until every value lies within.
+
+    Limits are powers of two and doubling joins the bins in pairs, so the counts are exactly those of all values in the
+    bins of the last limit.
+
+    Args:
+        spec: of the tensor that is observed.
+        bins: a power of two.
+    """
+
+    def __init__(self, spec: QuantSpec, bins: int = 8192):
+        super().__init__(spec)
+        self.bins = bins
+        self.counts = self.limit = torch.empty(0)  # (rows, bins), float64; (rows, 1), float32
+
+    def observe(self, values: Tensor) -> None:
+        super().observe(values)
+        values = values.detach().float()
+        absmax = values.abs().amax(-1, keepdim=True)
+        if not torch.isfinite(absmax).all():
+            return  # which `scale` refuses
+        if not len(self.limit):
+            self.limit = torch.ldexp(torch.ones_like(absmax), absmax.frexp().exponent)  # the first power above
+            self.counts = values.new_zeros((len(values), self.bins), dtype=torch.float64)
+        while (beyond := absmax >= self.limit).any():
+            self.limit = torch.where(beyond, 2 * self.limit, self.limit)
+            joined = self.counts.view(len(values), -1, 2).sum(-1)
+            joined = torch.nn.functional.pad(joined, (self.bins // 4, self.bins // 4))
+            self.counts = torch.where(beyond, joined, self.counts)
+        index = (values / self.limit * (self.bins // 2)).floor().long() + self.bins // 2
+        self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
+
+    @property
+    def centers(self) -> Tensor:
+        """(rows, bins), float32."""
+        middle = torch.arange(self.bins, device=self.limit.device) + 0.5
+        return (middle * (2 / self.bins) - 1) * self.limit
+
+
+class Percentile(Histogram):
+    """Covers a share of all values, and clips the rest (the "percentile" of arXiv 2004.09602).
+
+    Args:
+        spec: of the tensor that is observed.
+        percentile: of the values that are covered, above 50 and at most 100.  What an asymmetric spec clips is shared
+            by both ends.
+        bins: of the histogram that the range is read from, to a bin's width.
+    """
+
+    def __init__(self, spec: QuantSpec, percentile: float = 99.99, bins: int = 8192):
+        super().__init__(spec, bins)
+        self.percentile = percentile
+
+    def scale(self) -> Tensor:
+        super().scale()
+        assert self.reach is not None
+        below, above = self.counts[:, : self.bins // 2].flip(-1), self.counts[:, self.bins // 2 :]  # from 0 outwards
+        clipped = (1 - self.percentile / 100) * self.counts.sum(-1, keepdim=True)
+        if self.spec.symmetric:
+            ends = [self._end(below + above, clipped)]
+        else:
+            ends = [self._end(side, clipped / 2) for side in (below, above)]
+        self.reach = torch.minimum(torch.stack(ends, -1), self.reach)
+        return self._covering(self.reach)
+
+    def _end(self, side: Tensor, clipped: Tensor) -> Tensor:
+        """(rows,): the outer edge of the first bin beyond which at most `clipped` values lie."""
+        beyond = side.sum(-1, keepdim=True) - side.cumsum(-1)
+        bins = (beyond > clipped).sum(-1) + 1
+        return bins * (2 / self.bins) * self.limit[:, 0]
+
+
+# Of the whole range; at the last, 1/16, the bins of a histogram are hardly finer than 8-bit codes.
+_NARROWER = [1 - step / 128 for step in range(121)]
+
+
+class Entropy(Histogram):
+    """The range whose quantized histogram says most of the original one (TensorRT's "entropy"; arXiv 2004.09602).
+
+    Minimises KL(P || Q) over ranges.  P is the histogram within the range, what lies beyond it added at its ends.  Q is
+    what codes keep of the values within: the count of each code, spread evenly over those of its bins that P fills.  A
+    bin that P fills and Q does not counts as half a value in Q.
+
+    Args:
+        spec: of the tensor that is observed.
+        bins: of the histogram.
+    """
+
+    def scale(self) -> Tensor:
+        super().scale()
+        self.reach = self._shrunk(_NARROWER, self._divergence)
+        return self._covering(self.reach)
+
+    def _divergence(self, reach: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        centers = self.centers
+        below, above = centers < -reach[:, :1], centers > reach[:, -1:]
+        inside = self.counts.masked_fill(below | above, 0)
+        full = inside.clone()
+        for beyond, edge in ((below, below.sum(-1)), (above, self.bins - 1 - above.sum(-1))):
+            full.scatter_add_(1, edge[:, None], (self.counts * beyond).sum(-1, keepdim=True))
+        codes = fake_quantize(centers, scale, self.spec, zero)
+        code = torch.nn.functional.pad(codes.diff(dim=-1) != 0, (1, 0)).cumsum(-1)  # numbered along the bins
+        held, filled = (torch.zeros_like(full).scatter_add_(1, code, x) for x in (inside, (full > 0).double()))
+        kept = (held / filled.clamp(min=1)).gather(1, code)
+        kept = torch.where(kept > 0, kept, 0.5) / inside.sum(-1, keepdim=True).clamp(min=1)
+        share = full / full.sum(-1, keepdim=True)
+        return torch.xlogy(share, share / kept).sum(-1).float()
 
 
 # Rows of a weight searched at a time: bounds the memory of the search to a few times 32 MB.

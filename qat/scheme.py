@@ -206,8 +206,10 @@ class QuantScheme:
         weight, size = self.weight, self.weight.group_size
         where = f"g{size}" if size else weight.granularity
         grid = "" if weight.grid == "full" else f"-{weight.grid}"
-        widths = ".".join(map(str, weight.widths))
-        return f"w{widths}a{self.input.bits if self.input else 16}-{where}{grid}"
+        widths, inputs = ".".join(map(str, weight.widths)), ""
+        if self.input is not None and not self.input.dynamic:
+            inputs = "-static" if self.input.symmetric else "-asymmetric"
+        return f"w{widths}a{self.input.bits if self.input else 16}-{where}{grid}{inputs}"
 
     def at(self, bits: int) -> "QuantScheme":
         """The ordinary scheme of the artifact that holds the weight at `bits`; where nothing is nested, itself.
@@ -224,22 +226,26 @@ class QuantScheme:
     @classmethod
     def parse(cls, name: str) -> "QuantScheme":
         """The scheme that `str` writes: `w4a16-g128`, `w2a16-g64-odd`, `w4a8-g32` (8-bit inputs: a scale a token),
-        `w8.4.2a16-g128` (nested widths).
+        `w8a8-channel-static` (a calibrated scale a tensor; `-asymmetric`: and a zero point), `w8.4.2a16-g128` (nested
+        widths).
 
         Raises:
             ValueError: the name is none.
         """
-        match = re.fullmatch(r"w(\d(?:\.\d)*)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?", name)
-        if match is None:
+        pattern = r"w(\d(?:\.\d)*)a(8|16)-(?:g(\d+)|(channel|tensor))(?:-(narrow|odd))?(?:-(static|asymmetric))?"
+        match = re.fullmatch(pattern, name)
+        if match is None or (match[2] == "16" and match[6]):
             raise ValueError(
                 f"no scheme is called {name!r}: they are called w4a16-g128, w8a16-channel, w8a8-channel, ..."
             )
-        widths, input_bits, size, where, grid = match.groups()
+        widths, input_bits, size, where, grid, static = match.groups()
         bits, *nested = map(int, widths.split("."))
         shape: dict[str, Any] = {"granularity": where or "group", "group_size": int(size) if size else None}
         weight = QuantSpec(bits=bits, grid=grid or "full", nested=tuple(nested), **shape)  # type: ignore[arg-type]
-        inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax") if input_bits == "8" else None
-        return cls(weight=weight, input=inputs)
+        inputs = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
+        if static:
+            inputs = QuantSpec(bits=8, granularity="tensor", symmetric=static == "static")
+        return cls(weight=weight, input=inputs if input_bits == "8" else None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantScheme":

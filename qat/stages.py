@@ -79,12 +79,12 @@ class Run:
                 raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
             task = self._task()
             self._check(task)
-        if self.search is not None:
-            with self._stage("search widths"):
-                self._search_widths(self.search, self._task(), "sensitivity.json", self.digest)
         if self.schemes.quantizes:
             with self._stage("coverage"):
                 self._measure_coverage()
+        if self.search is not None:
+            with self._stage("search widths"):
+                self._search_widths(self.search, self._task(), "sensitivity.json", self.digest)
         if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
             with self._stage("control"):
                 self._train_control()
@@ -92,7 +92,7 @@ class Run:
                 self._measure_control()
         with self._stage("calibrate" if self._post_training else "train"):
             (self._calibrate if self._post_training else self._train)(task)
-        if self.search is not None and self.cfg.repeat_search and not self._post_training:
+        if self.search is not None and self.cfg.repeat_search:
             task = self._repeat(self.search, task)
         if self.schemes.quantizes:
             with self._stage("measure packed"):
@@ -151,8 +151,8 @@ class Run:
             quantized = quantization.quantized(task)
             if self.search is not None:
                 self.search.budget(self.search.groups(quantized))
-                if self.cfg.repeat_search and not trainable.weights_learn:
-                    raise ValueError("repeat_search needs weights that learn, and here none do: set it false")
+            if self.cfg.repeat_search and (not self.search or self._post_training or not trainable.weights_learn):
+                raise ValueError("repeat_search needs quant=auto, and steps in which weights learn: set it false")
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
             half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
             check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
@@ -213,6 +213,7 @@ class Run:
             with self._stage("measure control again"):
                 self._measure_control()
         with self._stage("train again"):
+            self.trainer.strategy.optimizers, self.trainer.callbacks = [], []  # type: ignore[attr-defined]  # memory
             again = self._task()
             self._train(again, "checkpoints-2")
         before, now = (r.models["qat"]["validation"].loss for r in (first["recovery"], self.recovery))
@@ -225,8 +226,10 @@ class Run:
 
     def _measure_coverage(self) -> None:
         task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
-        trainer.datamodule = self.data  # type: ignore[attr-defined]
-        self.reached = measure_coverage(task, trainer, self._quantization())
+        trainer.datamodule, quantization = self.data, self._quantization()  # type: ignore[attr-defined]
+        quantization.setup(trainer, task, "validate")
+        instantiate(self.cfg.objective).check(task, quantization.start_step)
+        self.reached = measure_coverage(task, trainer, quantization)
 
     # -- control ------------------------------------------------------------------------------------
 
@@ -270,7 +273,7 @@ class Run:
 
     def _train(self, task: L.LightningModule, folder: str = "checkpoints") -> None:
         last = self.out / folder / "last.ckpt"
-        self.history = TrainHistory()
+        self.history = TrainHistory(self.started)
         callbacks: list[L.Callback] = [self.history, instantiate(self.cfg.objective)]
         if self.schemes.quantizes:
             callbacks += self._quantizing()
@@ -303,7 +306,7 @@ class Run:
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
-        self.history, callbacks = TrainHistory(), self._quantizing()
+        self.history, callbacks = TrainHistory(self.started), self._quantizing()
         quantization: Any = callbacks[0]
         trainer = self.trainer = self._trainer(
             self.out / "checkpoints", callbacks, logger=instantiate(self.cfg.logger), limit_train_batches=1
@@ -362,8 +365,7 @@ class Run:
         return summary
 
     def _facts(self) -> dict[str, Any]:
-        choices, steps = HydraConfig.get().runtime.choices, self.trainer.global_step
-        batch = self.data.batch_size * self.trainer.accumulate_grad_batches * self.data.seq_len
+        choices = HydraConfig.get().runtime.choices
         return {
             "recipe": choices["recipe"] or "none",
             "scheme": self.schemes.name,
@@ -374,10 +376,10 @@ class Run:
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
             "objective": choices["objective"],
-            "steps": steps,
-            "tokens": steps * batch,
+            "steps": self.trainer.global_step,
+            "tokens": self.history.seen * self.trainer.world_size,
             "export_dir": str(self.exported_to),
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seconds": round(self.history.seconds, 1),
             "stages": self.stages,
             "versions": versions(),
             "train_history": self.history.rows,

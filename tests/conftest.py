@@ -12,7 +12,7 @@ import qat.insertion as insertion
 from qat.fake_quantizer import Stage
 from qat.functional import absmax_scale
 from qat.kernels import build
-from qat.scheme import QuantScheme, QuantSpec, SchemeMap
+from qat.scheme import QuantScheme, SchemeMap
 
 
 @pytest.fixture(scope="session")
@@ -32,21 +32,8 @@ def stories_directory(shared_data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def scheme() -> Callable[[str], QuantScheme]:
-    """A scheme by its short name: `w4a16-g32`, `w8a8-channel`; `-static` for a static input scale."""
-
-    def make(name: str) -> QuantScheme:
-        kind, where, *static = name.split("-")
-        bits, input_bits = map(int, kind[1:].split("a"))
-        size = int(where[1:]) if where.startswith("g") else None
-        weight = QuantSpec(bits=bits, granularity="group" if size else where, group_size=size)
-        inputs = (
-            QuantSpec(bits=8, granularity="tensor")
-            if static
-            else QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
-        )
-        return QuantScheme(weight=weight, input=inputs if input_bits == 8 else None)
-
-    return make
+    """A scheme by its short name."""
+    return QuantScheme.parse
 
 
 @pytest.fixture(scope="session")

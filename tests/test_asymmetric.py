@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qat
 from qat.calibration import RangeCalibration
+from qat.calibration.ranges import OBSERVERS
 from qat.estimators import DSQ, LSQ, PACT, SEQ, STE, LSQPlus
 from qat.export import VerificationError, compressed_tensors, export, record, verify
 from qat.export.compressed_tensors import layer_tensors
@@ -260,7 +261,7 @@ def trained(tiny_llama):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["absmax", "ema", "mse"])
+@pytest.mark.parametrize("kind", list(OBSERVERS))
 @torch.no_grad()
 def test_what_lsq_plus_trains_is_what_is_loaded_bit_for_bit(kind, dtype, trained, tmp_path):
     with torch.enable_grad():

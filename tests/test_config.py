@@ -31,14 +31,15 @@ def composed(*overrides: str):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Writes a recipe and offers it beside the real ones, for one test."""
+    """Writes a recipe of the user's, offered beside the real ones for one test."""
     group = ConfigStore.instance().repo.setdefault("recipe", {})
     before = dict(group)
-    monkeypatch.setattr(config, "RECIPES", tmp_path)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
 
     def write(name: str, content: str) -> None:
-        (tmp_path / f"{name}.yaml").write_text(content)
-        config.register_recipes(tmp_path)
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(content)
+        config.register_recipes()
 
     yield write
     group.clear()
@@ -122,6 +123,16 @@ def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_groups(recip
     assert beaten.quant.weight.granularity == "group"
 
 
+def test_a_recipe_of_the_users_may_not_be_called_as_another_of_ours(recipe):
+    with pytest.raises(ValueError, match="give yours another name"):
+        recipe("llama_int4_qat", "# @package _global_\nseed: 3\n")
+
+
+def test_a_copy_of_our_recipe_is_that_recipe(recipe):
+    recipe("llama_int4_qat", (config.RECIPES / "llama_int4_qat.yaml").read_text())
+    assert config.choices()["recipe"].count("llama_int4_qat") == 1
+
+
 def test_a_recipe_may_inherit_another(recipe):
     recipe("base", "# @package _global_\noptim:\n  lr: 0.5\nseed: 3\n")
     recipe("child", "# @package _global_\ndefaults:\n  - base\nseed: 4\n")
@@ -190,7 +201,7 @@ def test_a_misspelt_override_is_named_with_the_nearest(override, message):
         ("quant=w4a16,w8a61", r"no quant is called 'w8a61'; did you mean w8a16\?"),
         (
             "calibration=gptk",
-            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, gptq",
+            r"no calibration is called 'gptk'; did you mean gptq\? There are: absmax, adaround, awq, block_ap, entropy",
         ),
         (
             "recipe=null",

@@ -13,7 +13,8 @@ from test_attention import NAMES, TOKENS, e4m3_values, family
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from qat.attention import key_values
-from qat.calibration import CALIBRATIONS
+from qat.calibration import CALIBRATIONS, RangeCalibration
+from qat.calibration.ranges import OBSERVERS
 from qat.export import VerificationError, export, record, verify, write_float
 from qat.export.cache import RecordedKeyValues, Sample, cache_refusal
 from qat.export.verify_cache import differing
@@ -24,7 +25,7 @@ from qat.inference.cpu_step import CpuStep
 from qat.inference.decode import FixedStep, generate, step
 from qat.inference.key_values import row_bytes
 from qat.inference.llama import fused_decoder
-from qat.insertion import insert, layers, prepare, set_stage
+from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import QuantSpec, cache_spec, uniform
 
 ATTENTION = "model.layers.1.self_attn"
@@ -350,6 +351,26 @@ def test_scales_that_readers_would_take_for_absent_are_refused(value, tmp_path):
     key_values(model)[ATTENTION].value_quantizer.scale.data[1] = value
     with pytest.raises(ValueError, match=f"{ATTENTION}: a scale of its values is not positive and finite"):
         export(model, recorded, tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibrated_again_every_quantizer_is_in_float(name):
+    model = trained("Llama", name)
+    CALIBRATIONS["mse"](model, lambda: model(TOKENS, use_cache=False))
+    assert {q.current_stage for q in quantizers(model)} == {Stage.FLOAT}
+
+
+@pytest.mark.parametrize("kv_cache", ["int8-head", "fp8-head"])
+@pytest.mark.parametrize("observer", [name for name in OBSERVERS if name != "absmax"])
+def test_every_observer_serves_heads_and_covers_no_more_than_there_is(observer, kv_cache):
+    scales = {}
+    model = trained("Llama", kv_cache)
+    for input in ("absmax", observer):
+        RangeCalibration("test", input=input)(model, lambda: model(TOKENS, use_cache=False))
+        caches = key_values(model).values()
+        scales[input] = torch.cat([q.scale.flatten() for kv in caches for q in (kv.key_quantizer, kv.value_quantizer)])
+    assert len(scales[observer]) == 8 and (scales[observer] > 0).all()
+    assert (scales[observer] <= 1.12 * scales["absmax"]).all()  # the squared error may look a little beyond
 
 
 def test_keys_and_values_without_a_record_and_float_exports_of_them_are_refused(tmp_path):

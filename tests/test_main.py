@@ -360,7 +360,8 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
         train(monkeypatch, *words, "resume=true")
     whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
-    assert read_summary(tmp_path / "whole")["float_loss"] == read_summary(tmp_path / "cut")["float_loss"]
+    whole, cut = (read_summary(tmp_path / name) for name in ("whole", "cut"))
+    assert all(whole[name] == cut[name] for name in ("float_loss", "tokens", "steps"))
 
 
 def test_blocks_then_scales_are_one_run_that_goes_on_in_the_phase_where_it_was(job, monkeypatch, tmp_path):
@@ -446,6 +447,15 @@ BAD = {
     "a nested width that is not below": (["quant=nested", "quant.weight.nested=[8]"], "integer widths from 2 to 7"),
     "weights of widths that are not nested": (["callbacks.nested.weights={{4:1.0}}"], "no layer has nested widths"),
     "an export at a width that is not nested": (["quant=nested", "export_bits=3"], "which are [8, 4, 2]"),
+    "rounding learned between odd numbers": (
+        ["calibration=adaround", "quant=w2a16_odd", "estimator=seq"],
+        "has the odd grid",
+    ),
+    "a second search without a first": (["repeat_search=true"], "needs quant=auto, and steps"),
+    "a second search after no training": (
+        ["quant=auto", "trainer.max_steps=0", "repeat_search=true"],
+        "needs quant=auto, and steps",
+    ),
     "NaN weights": (["model.name={folder}/nan"], "lm_head"),
 }
 
@@ -469,6 +479,13 @@ def test_bad_input_is_refused_before_anything_long(words, message, job, monkeypa
         train(monkeypatch, *base, *changed, f"hydra.run.dir={tmp_path}/run")
     assert message in str(stopped.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_hidden_states_of_a_model_without_blocks_are_refused_before_the_control_is_trained(monkeypatch, tmp_path):
+    words = ["recipe=digits_int8_qat", "objective=distillation", "objective.hidden=1", "logger=none"]
+    with pytest.raises(SystemExit, match="no chain of blocks"):
+        train(monkeypatch, *words, f"control_dir={tmp_path}/controls", f"hydra.run.dir={tmp_path}/run")
+    assert not (tmp_path / "controls").exists()
 
 
 def test_a_tied_head_is_untied_for_the_control_too(job, monkeypatch, tmp_path):

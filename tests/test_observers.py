@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 
 from qat.functional import absmax_scale, fake_quantize, store_scale
-from qat.observers import EMA, MSE, MinMax
+from qat.observers import EMA, MSE, Entropy, Histogram, MinMax, Percentile
 from qat.scheme import QuantSpec
 
 SPEC = QuantSpec(bits=4, granularity="channel")
@@ -189,13 +191,13 @@ def test_a_large_sample_finds_nearly_the_scale_of_all_values():
     assert least <= best < 1.02 * least
 
 
-@pytest.mark.parametrize("observer", [MinMax, EMA, MSE])
+@pytest.mark.parametrize("observer", [MinMax, EMA, MSE, Percentile, partial(Entropy, bins=256)])
 def test_nothing_observed_names_the_calibration_data(observer):
     with pytest.raises(ValueError, match="no value was observed: the calibration data has no usable token"):
         observer(SPEC).scale()
 
 
-@pytest.mark.parametrize("observer", [MinMax, EMA, MSE])
+@pytest.mark.parametrize("observer", [MinMax, EMA, MSE, Percentile, partial(Entropy, bins=256)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_refused(observer, bad):
     watched = observer(SPEC)
@@ -205,7 +207,7 @@ def test_values_that_are_not_finite_are_refused(observer, bad):
         watched.scale()
 
 
-@pytest.mark.parametrize("observer", [MinMax, EMA, MSE])
+@pytest.mark.parametrize("observer", [MinMax, EMA, MSE, Percentile, partial(Entropy, bins=256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_scale_is_float32_and_one_a_row(observer, dtype):
     scale = observed(observer(SPEC), rows(n=8).clamp(-100, 100).to(dtype))
@@ -214,12 +216,12 @@ def test_a_scale_is_float32_and_one_a_row(observer, dtype):
     assert torch.equal(scale, store_scale(scale, SPEC))
 
 
-@pytest.mark.parametrize("observer", [MinMax, EMA, MSE])
+@pytest.mark.parametrize("observer", [MinMax, EMA, MSE, Percentile, partial(Entropy, bins=256)])
 def test_a_row_of_zeros_has_a_positive_scale(observer):
     assert observed(observer(SPEC), torch.zeros(2, 4)).gt(0).all()
 
 
-@pytest.mark.parametrize("observer", [MinMax, EMA, MSE])
+@pytest.mark.parametrize("observer", [MinMax, EMA, MSE, Percentile, partial(Entropy, bins=256)])
 def test_observing_changes_nothing_and_keeps_no_graph(observer):
     x = torch.randn(2, 8, requires_grad=True)
     before = x.detach().clone()
@@ -242,3 +244,95 @@ def test_the_search_does_not_depend_on_torchs_default_dtype():
     finally:
         torch.set_default_dtype(default)
     assert torch.equal(found, expected)
+
+
+INT8 = QuantSpec(bits=8, granularity="tensor", scale_dtype="float32")
+SIGNLESS = QuantSpec(bits=8, granularity="tensor", symmetric=False, scale_dtype="float32")
+
+
+def tailed(count: int = 1 << 15, seed: int = 0) -> torch.Tensor:
+    """Gaussian, but one value in 4096 up to a hundred times as large."""
+    x = torch.randn(1, count, generator=torch.Generator().manual_seed(seed))
+    x[:, ::4096] *= 100
+    return x
+
+
+def test_a_histogram_that_grew_has_the_counts_of_one_that_did_not():
+    parts = [
+        scale * torch.randn(3, 500, generator=torch.Generator().manual_seed(i)) for i, scale in enumerate((1, 40, 3))
+    ]
+    parts[1][1] /= 40  # a row that hardly grows
+    parts[1][2] /= 2
+    grown = Histogram(INT8, bins=64)
+    for part in parts:
+        grown.observe(part)
+    assert len(set(grown.limit[:, 0].tolist())) == 3
+    for row, (counts, limit) in enumerate(zip(grown.counts, grown.limit[:, 0].tolist(), strict=True)):
+        values = torch.cat([part[row] for part in parts])
+        assert torch.equal(counts.float(), torch.histc(values, 64, -limit, limit))
+    assert grown.centers[0, [0, 31, 32, 63]].tolist() == pytest.approx(
+        [limit * share for limit in grown.limit[:1, 0].tolist() for share in (-63 / 64, -1 / 64, 1 / 64, 63 / 64)]
+    )
+
+
+@pytest.mark.parametrize("percentile", [60.0, 99.0, 99.9, 100.0])
+def test_a_percentile_is_that_of_the_values_to_the_width_of_a_bin(percentile):
+    x, observer = tailed(), Percentile(INT8, percentile)
+    reach = observed(observer, *x.split(5000, -1)) * 127.5
+    width = 2 / observer.bins * observer.limit
+    exact = torch.quantile(x.abs(), percentile / 100, interpolation="higher")
+    assert exact - 1e-5 <= reach <= exact + width + 1e-5
+    assert reach <= x.abs().amax() + 1e-5
+
+
+def test_an_asymmetric_percentile_clips_as_much_at_both_ends():
+    x = torch.cat([torch.zeros(1, 10), torch.linspace(0, 1, 100_000)[None] ** 2], -1) - 0.25
+    observer = Percentile(SIGNLESS, 99.0)
+    scale = observed(observer, x)
+    offset = observer.offset(scale)
+    low, high = offset - 128 * scale, offset + 127 * scale
+    ends = torch.quantile(x, torch.tensor([0.005, 0.995]))
+    assert torch.stack([low, high])[:, 0] == pytest.approx(ends, abs=2 / observer.bins * observer.limit.item())
+
+
+def published_divergence(x: torch.Tensor, reach: float, bins: int, spec: QuantSpec) -> float:
+    """KL of the histograms, bin by bin."""
+    limit, total = 2.0 ** x.abs().max().log2().ceil().item(), x.numel()
+    centers = [limit * ((b + 0.5) * 2 / bins - 1) for b in range(bins)]
+    counts = torch.histc(x, bins, -limit, limit).tolist()
+    inside = [b for b in range(bins) if -reach <= centers[b] <= reach]
+    p = {b: counts[b] for b in inside}
+    p[inside[0]] += sum(counts[: inside[0]])
+    p[inside[-1]] += sum(counts[inside[-1] + 1 :])
+    code_of = {b: fake_quantize(torch.tensor([centers[b]]), torch.tensor([reach / 7.5]), spec).item() for b in inside}
+    kept, result = sum(counts[b] for b in inside), 0.0
+    for b in inside:
+        if p[b]:
+            mates = [m for m in inside if code_of[m] == code_of[b]]
+            q = sum(counts[m] for m in mates) / sum(p[m] > 0 for m in mates)
+            result += p[b] / total * torch.tensor(p[b] / total / ((q or 0.5) / kept)).log().item()
+    return result
+
+
+def test_the_entropy_range_has_the_least_divergence_of_all_that_are_tried():
+    x, bins = tailed(4097), 512
+    observer = Entropy(EXACT, bins)
+    reach = observed(observer, x).item() * 7.5
+    by_ratio = {k: published_divergence(x, x.abs().max().item() * (1 - k / 128), bins, EXACT) for k in range(121)}
+    best = min(by_ratio, key=by_ratio.__getitem__)
+    assert reach == pytest.approx(x.abs().max().item() * (1 - best / 128), rel=1e-6)
+    assert 0 < best < 120
+
+
+def test_entropy_clips_a_thin_tail_and_keeps_a_full_range():
+    assert observed(Entropy(INT8), tailed()).item() < 0.5 * observed(MinMax(INT8), tailed()).item()
+    even = torch.linspace(-1, 1, 1 << 15)[None]
+    assert observed(Entropy(INT8), even).item() > 0.95 * observed(MinMax(INT8), even).item()
+
+
+def test_entropy_shrinks_each_end_of_an_asymmetric_range_for_itself():
+    x = tailed().abs() - 0.2  # a tail above alone
+    observer = Entropy(SIGNLESS)
+    scale = observed(observer, x)
+    low, high = (observer.offset(scale) + code * scale for code in (-128, 127))
+    assert high < 0.5 * x.max() and low == pytest.approx(-0.2, abs=0.05)

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from qat.scheme import FORMAT_VERSION, QuantScheme, QuantSpec, SchemeMap, cache_
 W4 = QuantSpec(bits=4, granularity="group", group_size=32)
 W8 = QuantSpec(bits=8, granularity="channel")
 A8 = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
+STATIC = QuantSpec(bits=8, granularity="tensor")
 
 
 @pytest.mark.parametrize(
@@ -109,11 +111,20 @@ def test_a_newer_format_is_refused_by_its_number():
     [
         (QuantScheme(weight=W4), "w4a16-g32"),
         (QuantScheme(weight=W8, input=A8), "w8a8-channel"),
+        (QuantScheme(weight=W8, input=STATIC), "w8a8-channel-static"),
+        (QuantScheme(weight=W8, input=replace(STATIC, symmetric=False)), "w8a8-channel-asymmetric"),
         (QuantScheme(weight=QuantSpec(bits=3, granularity="tensor")), "w3a16-tensor"),
     ],
 )
-def test_a_scheme_is_called_by_its_widths(scheme, name):
+def test_a_scheme_is_called_by_its_widths_and_found_by_that_name(scheme, name):
     assert str(scheme) == name
+    assert QuantScheme.parse(name) == scheme
+
+
+@pytest.mark.parametrize("name", ["w8a16-channel-static", "w8a8-channel-dynamic", "w8a8", "int8"])
+def test_what_no_scheme_is_called_is_refused(name):
+    with pytest.raises(ValueError, match=rf"no scheme is called '{name}'"):
+        QuantScheme.parse(name)
 
 
 @pytest.mark.parametrize(

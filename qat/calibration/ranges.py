@@ -13,9 +13,12 @@ from qat.attention import key_values
 from qat.fake_quantizer import FakeQuantizer, Stage, unmasked
 from qat.insertion import layers
 from qat.nn import FakeQuantLayer
-from qat.observers import EMA, MSE, MinMax, mse_scale
+from qat.observers import EMA, MSE, Entropy, MinMax, Percentile, mse_scale
+from qat.scheme import QuantSpec
 
-OBSERVERS: dict[str, type[MinMax]] = {"absmax": MinMax, "ema": EMA, "mse": MSE}
+OBSERVERS: dict[str, type[MinMax]] = {
+    "absmax": MinMax, "ema": EMA, "mse": MSE, "percentile": Percentile, "entropy": Entropy
+}  # fmt: skip
 
 
 class RangeCalibration:
@@ -31,7 +34,9 @@ class RangeCalibration:
         signed: let each scale of a weight take the sign with the smaller error.  The codes of b bits reach one step
             further below zero than above, which a negative scale turns around; readers that multiply by the
             scale need know nothing of it.
-        input: observer of static activations, keys and values among them: `absmax`, `ema` or `mse`.
+        input: observer of static activations, keys and values among them: `absmax`, `ema`, `mse`, `percentile` or
+            `entropy` (see `qat.observers`).
+        percentile: of the values that are covered, for input=percentile.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -43,12 +48,15 @@ class RangeCalibration:
         weight: Literal["absmax", "mse"] = "mse",
         importance: float = 0.0,
         signed: bool = False,
-        input: Literal["absmax", "ema", "mse"] = "mse",
+        input: Literal["absmax", "ema", "mse", "percentile", "entropy"] = "mse",
+        percentile: float = 99.99,
     ):
         if weight not in ("absmax", "mse"):
             raise ValueError(f"calibration {name}: weight must be absmax or mse, got {weight!r}")
         if input not in OBSERVERS:
             raise ValueError(f"calibration {name}: input must be one of {', '.join(OBSERVERS)}, got {input!r}")
+        if not 50 < percentile <= 100:
+            raise ValueError(f"calibration {name}: percentile must be above 50 and at most 100, got {percentile}")
         if not 0 <= importance <= 1:
             raise ValueError(f"calibration {name}: importance must be in [0, 1], got {importance}")
         if importance and weight != "mse":
@@ -56,7 +64,7 @@ class RangeCalibration:
         if signed and weight != "mse":
             raise ValueError(f"calibration {name}: signed chooses by squared error; use weight=mse with it")
         self.name, self.weight, self.importance = name, weight, importance
-        self.signed, self.input = signed, input
+        self.signed, self.input, self.percentile = signed, input, percentile
 
     changes_weights: ClassVar[bool] = False
 
@@ -100,24 +108,28 @@ class RangeCalibration:
         Raises:
             ValueError: NaN, or no usable token, naming the quantizer.
         """
-        static = {name: q for name, q in _cache_quantizers(model).items() if q.scale is not None}
-        for quantizer in static.values():
+        caches = _cache_quantizers(model)
+        static = [quantizer for quantizer in caches.values() if quantizer.scale is not None]
+        for quantizer in static:
             quantizer.set_stage(Stage.OBSERVE)
-            quantizer.observer = OBSERVERS[self.input](quantizer.spec)
+            quantizer.observer = self._observer(quantizer.spec)
         if static:
             run()
-        for name, quantizer in static.items():
+        for name, quantizer in caches.items():
             try:
                 _settle(quantizer)
             except ValueError as error:
                 raise ValueError(f"calibration {self.name}, {name}: {error}") from error
+
+    def _observer(self, spec: QuantSpec) -> MinMax:
+        return Percentile(spec, self.percentile) if self.input == "percentile" else OBSERVERS[self.input](spec)
 
     def observe(self, layer: FakeQuantLayer) -> None:
         """Let `layer` compute in float while its static input, if it has one, is watched from now on."""
         for quantizer in layer.quantizers:
             quantizer.set_stage(Stage.OBSERVE)
         if layer.input_quantizer is not None and layer.input_quantizer.scale is not None:
-            layer.input_quantizer.observer = OBSERVERS[self.input](layer.input_quantizer.spec)
+            layer.input_quantizer.observer = self._observer(layer.input_quantizer.spec)
 
     def set_layer(self, layer: FakeQuantLayer, moment: Tensor | None) -> None:
         """Set the scales of one layer after its inputs were observed; its stage is FLOAT afterwards.

@@ -9,7 +9,6 @@ from qat.calibration import Coverage
 from qat.calibration.coverage import Reached
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.export import Artifact
-from qat.insertion import insert
 
 
 def measure_coverage(
@@ -18,16 +17,14 @@ def measure_coverage(
     """What each quantized layer sees of the calibration data; nothing where the calibration needs none.
 
     Args:
-        pl_module: float; fake quantizers are inserted into it, and stay in float.
+        pl_module: with fake quantizers inserted; they stay in float.
         trainer: with data attached.
         quantization: whose scheme and calibration it is about.
 
     Raises:
         ValueError: some layer sees nothing.
     """
-    model = quantization.quantized(pl_module)
-    insert(model, quantization.schemes, quantization.estimator, quantization.input_estimator)
-    if not quantization.calibration.needs_data(model):
+    if not quantization.calibration.needs_data(quantization.quantized(pl_module)):
         return {}
     trainer.precision_plugin.convert_module(pl_module)
     pl_module.to(trainer.strategy.root_device)

@@ -69,6 +69,7 @@ class Distillation(L.Callback):
             raise ValueError(f"distillation's dtype must be one of torch's, such as bfloat16, got {dtype}")
         self.weight, self.temperature, self.submodule, self.hidden = weight, temperature, submodule, hidden
         self.teacher, self.dtype, self.device = teacher, dtype, device
+        self._answered: tuple[list[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
 
     @property
     def _teaches(self) -> bool:
@@ -78,12 +79,12 @@ class Distillation(L.Callback):
         """Refuse what cannot be distilled before anything long.
 
         Args:
-            pl_module: before insertion, its model built.
+            pl_module: its model built; the blocks that hidden=... compares are looked for once it is quantized.
             start_step: optimizer steps in float before quantization starts.
             quantizes: whether anything is quantized at all.
 
         Raises:
-            ValueError: another vocabulary, or a model that is its own teacher.
+            ValueError: another vocabulary, a model that is its own teacher, or no blocks to compare.
         """
         if not self._teaches:
             return
@@ -98,7 +99,10 @@ class Distillation(L.Callback):
                 f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
                 "distillation weight below 1"
             )
-        ours, theirs = (_vocabulary(m) for m in (pl_module.get_submodule(self.submodule), self.teacher))
+        part = pl_module.get_submodule(self.submodule)
+        if layers(part):
+            self._blocks(part)
+        ours, theirs = (_vocabulary(m) for m in (part, self.teacher))
         if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(
                 f"the model has {ours} tokens and the teacher {theirs}: distillation needs a teacher with the same "
@@ -173,9 +177,8 @@ class Distillation(L.Callback):
             )
         args, kwargs, output = calls[0]
         student = _logits(output, self.submodule)
-        assert self.teacher is not None
-        with torch.no_grad(), _outputs(self.teacher, list(states)) as theirs:
-            teacher = _logits(self._taught(args, kwargs), "the teacher").to(student.device)
+        logits, theirs = self._taught(args, kwargs, list(states))
+        teacher = logits.to(student.device)
         known = _known(batch, kwargs, student)
         own = result["loss"] if isinstance(result, dict) else result
         loss = 0.0 if self.weight == 1 else (1 - self.weight) * own
@@ -200,20 +203,35 @@ class Distillation(L.Callback):
                 f"{self.submodule} has no chain of blocks with quantized layers, so there are no hidden states to "
                 "compare: set objective.hidden=0"
             )
-        assert self.teacher is not None
-        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict(self.teacher.named_modules())
+        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict((self.teacher or part).named_modules())
         if missing := [n for n in names if n not in theirs]:
             raise ValueError(f"the teacher has no {missing[0]}, so it has no hidden states for it: objective.hidden=0")
         return names
 
-    def _taught(self, args: Any, kwargs: Any) -> Any:
+    @torch.no_grad()
+    def _taught(self, args: Any, kwargs: Any, blocks: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits and the outputs of its `blocks`; asked once about the same tensors, in one batch."""
         assert self.teacher is not None
+        asked: list[Tensor] = []
+        apply_to_collection((args, kwargs), Tensor, asked.append)
+        if self._answered is not None and _same(self._answered[0], asked):
+            return self._answered[1]
         like = next(self.teacher.parameters())
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
-        return self.teacher(*apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved))
+        with _outputs(self.teacher, blocks) as states:
+            answer = self.teacher(
+                *apply_to_collection(args, Tensor, moved), **apply_to_collection(kwargs, Tensor, moved)
+            )
+        self._answered = asked, (_logits(answer, "the teacher"), states)
+        return self._answered[1]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._answered = None
 
 
 @contextmanager
@@ -230,6 +248,11 @@ def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether these are the same tensors, and not equal ones."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _rows(known: Tensor | None, states: Tensor) -> Tensor | None:

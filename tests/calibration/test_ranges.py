@@ -146,7 +146,7 @@ def test_a_group_with_one_large_positive_weight_gets_a_negative_scale():
     assert (fake_quantize(model[0].weight, scale, WEIGHTS["group"])[:, ::8] / scale == -8).all()
 
 
-@pytest.mark.parametrize("observer", ["absmax", "ema", "mse"])
+@pytest.mark.parametrize("observer", list(ranges.OBSERVERS))
 @pytest.mark.parametrize("padding", [1e4, torch.nan], ids=["huge", "NaN"])
 @pytest.mark.parametrize("importance", [0.0, 0.5], ids=["plain", "importance"])
 def test_padding_never_moves_a_scale(observer, padding, importance):
@@ -258,11 +258,12 @@ def test_calibrating_twice_gives_the_same_scales():
     ("fields", "message"),
     [
         ({"weight": "ema"}, "weight must be absmax or mse, got 'ema'"),
-        ({"input": "max"}, "input must be one of absmax, ema, mse, got 'max'"),
+        ({"input": "max"}, "input must be one of absmax, ema, mse, percentile, entropy, got 'max'"),
         ({"weight": "absmax", "importance": 0.5}, "importance weights a squared error; use weight=mse with it"),
         ({"importance": 1.5}, "importance must be in"),
+        ({"input": "percentile", "percentile": 0.9999}, "percentile must be above 50 and at most 100, got 0.9999"),
     ],
-    ids=["weight", "input", "importance", "range"],
+    ids=["weight", "input", "importance", "range", "percentile"],
 )
 def test_contradictory_calibrations_are_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=f"calibration mine: {message}"):

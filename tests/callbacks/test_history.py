@@ -1,12 +1,39 @@
-"""The history that reports plot."""
+"""A training's own record of itself."""
 
+import time
+
+import torch
 from digits import Classifier, digits, trainer
 
 from qat.callbacks.history import TrainHistory
 
 
+class Trainer:
+    global_step, log_every_n_steps = 1, 10
+
+
+def seen_after(history: TrainHistory, *labels: torch.Tensor) -> int:
+    for batch in labels:
+        history.on_train_batch_end(Trainer(), None, {"loss": 0.0}, {"labels": batch}, 0)
+    return history.seen
+
+
+def test_what_is_counted_has_a_label():
+    masked = torch.tensor([[1, 2, -100], [-100, -100, 3]])
+    assert seen_after(TrainHistory(0.0), masked, torch.tensor([7, 8])) == 5
+
+
+def test_a_resumed_training_counts_all_its_sessions():
+    first = TrainHistory(started=time.monotonic() - 100)
+    seen_after(first, torch.ones(4))
+    second = TrainHistory(started=time.monotonic() - 10)
+    second.load_state_dict(first.state_dict())
+    assert seen_after(second, torch.ones(3)) == 7
+    assert 110 <= second.seconds < 115
+
+
 def test_a_step_of_several_batches_has_one_row():
-    history = TrainHistory()
+    history = TrainHistory(0.0)
     run = trainer(history, steps=4, accumulate_grad_batches=3, log_every_n_steps=2)
     run.fit(Classifier(), digits()[0])
     assert [row["step"] for row in history.rows] == [2, 4]

@@ -145,6 +145,13 @@ def test_every_width_is_taught_by_the_float_model():
     assert "training_step" not in vars(ours) and "backward" not in vars(ours)
 
 
+def test_the_teacher_answers_once_for_all_widths_of_a_batch():
+    asked, teacher = [], Classifier().network
+    teacher.register_forward_hook(lambda *call: asked.append(call[1][0]))
+    fitted(Distillation(submodule="network", teacher=teacher), quantization(), Nested(WEIGHTS), steps=3)
+    assert len(asked) == 3 and len({id(images) for images in asked}) == 3
+
+
 def test_losses_of_all_widths_are_logged_and_those_of_the_narrow_fall():
     seen = []
 
