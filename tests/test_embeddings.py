@@ -59,6 +59,9 @@ def test_a_model_quantized_whole_loads_bit_equal(name, tie, tiny_llama, tmp_path
     assert torch.equal(table(TOKENS), dequantize(used.codes, used.scale)[TOKENS])
     head = packed.lm_head
     assert (head.packed is table.packed and head.scale is table.scale) == tie
+    moved, _ = load_packed(tmp_path / "m", device="meta")  # another device
+    head, table = moved.lm_head, moved.get_submodule("model.embed_tokens")
+    assert table.packed.device.type == "meta" and (head.packed is table.packed and head.scale is table.scale) == tie
     with safe_open(tmp_path / "m" / "qat.safetensors", "pt") as file:
         assert any(key.startswith("lm_head") for key in file.keys()) != tie
     with pytest.raises(OSError, match="no file named"):

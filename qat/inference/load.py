@@ -76,10 +76,23 @@ def load_packed(
     _fill(model, _weights(directory), schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
-    model = model.eval().to(device)
+    _move(model.eval(), device)
     if backend == "cuda":
         use_cuda_kernels(model, model.dtype)
     return model, _tokenizer(directory)
+
+
+def _move(model: nn.Module, device: torch.device | str) -> None:
+    """`model.to(device)`, in which layers that share a table go on to: torch moves a shared buffer once for each."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                holders.setdefault(id(buffer), []).append((module, name))
+    model.to(device)
+    for (first, name), *others in holders.values():
+        for module, its_name in others:
+            module._buffers[its_name] = first._buffers[name]
 
 
 def _use(backend: Backend, model: Any) -> None:
