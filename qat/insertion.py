@@ -11,7 +11,7 @@ from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
-from qat.structure import fold_batch_norms, fused, fused_experts, owners, unfuse_experts
+from qat.structure import fold_batch_norms, fused, fused_experts, keep_frequencies, owners, unfuse_experts
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -68,11 +68,13 @@ def at_width(model: nn.Module, bits: int) -> Iterator[None]:
 def prepare(model: nn.Module, schemes: SchemeMap) -> None:
     """Change the structure of `model`, not its function, where `schemes` needs that.
 
-    Experts get layers of their own, and convolutions the batch norms behind them.
+    Experts get layers of their own, and convolutions the batch norms behind them; rotary frequencies keep their dtype
+    where the model is converted to another.
 
     Raises:
         ValueError: experts that `schemes` quantizes are of a form that has no such layers.
     """
+    keep_frequencies(model)
     unfuse_experts(model, lambda name: _quantizes_experts(schemes, name))
     fold_batch_norms(model, lambda name: "conv" in schemes.kinds and schemes.scheme_of(name) is not None)
 
@@ -200,9 +202,8 @@ def insert(
         if scheme.input is not None and not scheme.input.dynamic and scheme.input == chosen[leader].input:
             layer.input_quantizer = model.get_submodule(leader).input_quantizer  # type: ignore[assignment]
     if schemes.kv_cache is not None:
-        device = next(model.parameters()).device
         for attention in attentions(model).values():
-            heads = kv_heads(attention)
+            heads, device = kv_heads(attention), attention.k_proj.weight.device  # type: ignore[union-attr]
             quantized = FakeQuantKeyValues(schemes.kv_cache, heads, input_estimator or estimator, device)
             quantize_key_values(attention, quantized)
     return layers(model)

@@ -112,6 +112,11 @@ _WIDEST = 1.12
 _REFINED = 11
 
 
+def _evenly(first: float, last: float, count: int) -> list[float]:
+    # float32 by name: the default is bfloat16 within a forward of bf16-true, where STE(follow="mse") searches.
+    return torch.linspace(first, last, count, dtype=torch.float32).tolist()
+
+
 class MSE(MinMax):
     """The scale with the smallest squared error, searched over shrunk ranges.
 
@@ -132,7 +137,7 @@ class MSE(MinMax):
     ):
         super().__init__(spec)
         self.signed = signed
-        self.ratios = torch.linspace(_WIDEST, shrink, steps).tolist()
+        self.ratios = _evenly(_WIDEST, shrink, steps)
         self.coarse = self.ratios[0] - self.ratios[1]
         self.most = most
         self.values: list[Tensor] = []
@@ -163,7 +168,7 @@ class MSE(MinMax):
         best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
         signs = (1, -1) if self.signed and self.spec.grid == "full" else (1,)  # others have no unpaired code
         coarse = [sign * ratio for sign in signs for ratio in self.ratios]
-        for tried in (coarse, torch.linspace(-self.coarse, self.coarse, _REFINED).tolist()):
+        for tried in (coarse, _evenly(-self.coarse, self.coarse, _REFINED)):
             middle = torch.zeros_like(best) if tried is coarse else best.clone()
             for ratio in tried:
                 scale = store_scale(start * (middle + ratio), self.spec)

@@ -146,6 +146,8 @@ class Run:
         self.data.setup()
         model: Any = task.model
         trainable = self._trainable()
+        if self._post_training and not trainable.weights_learn:
+            raise ValueError("trainer.max_steps=0 trains nothing, so trainable=all is all there is to say of it")
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
@@ -161,9 +163,7 @@ class Run:
             instantiate(self.cfg.callbacks.nested).check(chosen)
             instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
         elif not trainable.weights_learn:
-            raise ValueError(
-                "quant=none trains no adapter (with nothing quantized, peft does) and no scale: trainable=all"
-            )
+            raise ValueError("quant=none trains no adapter (peft does, of a float model) and no scale: trainable=all")
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
         limit = getattr(model.config, "max_position_embeddings", None)

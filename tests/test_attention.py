@@ -182,3 +182,11 @@ def test_scales_of_tokens_are_those_that_a_cache_keeps():
 def test_no_fused_decoder_drops_the_quantization_of_keys_and_values():
     with pytest.raises(ValueError, match="no fused decoder for LlamaForCausalLM with fake-quantized keys and values"):
         LlamaDecoder(calibrated("Llama", "int8"))
+
+
+def test_scales_of_keys_and_values_are_where_their_attention_is():
+    model = family("Llama")
+    model.model.layers[1].to("meta")  # a device that is not the first parameter's
+    insert(model, uniform(None, kv_cache="int8-head"))
+    places = [kept.value_quantizer.scale.device.type for kept in key_values(model).values()]
+    assert places == ["cpu", "meta"]

@@ -1,12 +1,15 @@
 """Convolutions: batch norms folded, channels quantized, trained, exported and loaded again."""
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from qat.calibration import CALIBRATIONS
+from qat.callbacks import Export, QuantizationAwareTraining
 from qat.estimators import LSQ
 from qat.export import export, record
 from qat.fake_quantizer import Stage
@@ -116,3 +119,35 @@ def test_a_channels_last_convolution_is_written_through_its_matrix():
     with torch.no_grad():
         layer.matrix.zero_()
     assert not layer.weight.any()
+
+
+def test_an_export_leaves_the_statistics_of_float_batch_norms_as_they_were_measured(tmp_path):
+    class Images(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = resnet()
+
+        def forward(self, images):
+            return self.model(images).logits
+
+        def training_step(self, images, batch_idx):
+            return F.cross_entropy(self(images), LABELS)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+        def on_train_end(self):  # after all callbacks'
+            self.after = {name: b.clone() for name, b in self.model.named_buffers() if "running" in name}
+
+    class Before(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.seen = {name: b.clone() for name, b in pl_module.model.named_buffers() if "running" in name}
+
+    schemes = uniform(QuantSpec(bits=8, granularity="channel"), ignore=["*embedder*"], kinds=["conv"])
+    before, module = Before(), Images()
+    callbacks = [QuantizationAwareTraining(schemes, submodule="model"), before, Export(tmp_path / "export")]
+    L.Trainer(
+        max_steps=2, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, DataLoader(IMAGES, batch_size=6))  # fmt: skip
+    assert before.seen and all(torch.equal(before.seen[name], module.after[name]) for name in before.seen)

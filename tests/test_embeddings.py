@@ -15,6 +15,9 @@ from qat.export import export, record
 from qat.fake_quantizer import Stage
 from qat.functional import dequantize
 from qat.inference import load_packed
+from qat.inference.bench import speed
+from qat.inference.decode import generate
+from qat.inference.llama import fused_decoder
 from qat.insertion import insert, layers, plan, quantizers, remove, set_stage
 from qat.nn import FakeQuantEmbedding
 from qat.packing import unpack
@@ -56,10 +59,34 @@ def test_a_model_quantized_whole_loads_bit_equal(name, tie, tiny_llama, tmp_path
     assert torch.equal(table(TOKENS), dequantize(used.codes, used.scale)[TOKENS])
     head = packed.lm_head
     assert (head.packed is table.packed and head.scale is table.scale) == tie
+    moved, _ = load_packed(tmp_path / "m", device="meta")  # another device
+    head, table = moved.lm_head, moved.get_submodule("model.embed_tokens")
+    assert table.packed.device.type == "meta" and (head.packed is table.packed and head.scale is table.scale) == tie
     with safe_open(tmp_path / "m" / "qat.safetensors", "pt") as file:
         assert any(key.startswith("lm_head") for key in file.keys()) != tie
     with pytest.raises(OSError, match="no file named"):
         type(model).from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_packed_table_generates_and_is_benched(backend, tiny_llama, tmp_path, request):
+    if backend == "cpu":
+        request.getfixturevalue("library")
+    model = trained(tiny_llama(tie=True), G32)
+    with torch.no_grad(), record(model) as recorded:
+        model(TOKENS, use_cache=False)
+    export(model, recorded, tmp_path / "m")
+    packed, _ = load_packed(tmp_path / "m", backend=backend)
+    decoder = fused_decoder(packed)
+    assert decoder is not None
+    prompt = TOKENS[:, :5]
+    found = torch.stack(list(generate(decoder, prompt, 4)), 1)
+    wanted = prompt
+    with torch.no_grad():
+        for _ in range(4):  # layer by layer, each time from the start
+            wanted = torch.cat((wanted, packed(wanted, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(found, wanted[:, 5:])
+    assert speed(packed, batch=1, prompt=3, new_tokens=2, rounds=1).decode > 0
 
 
 def test_a_tied_pair_has_one_quantizer_for_weights_only(tiny_llama):

@@ -418,6 +418,7 @@ BAD = {
     ),
     "a rotation of tied embeddings": (["calibration=rotation"], "untie it: callbacks.quantization.untie=true"),
     "no steps and no scheme": (["trainer.max_steps=0", "quant=none"], "quant=none quantizes nothing"),
+    "no steps and an adapter": (["trainer.max_steps=0", "trainable=lora"], "max_steps=0 trains nothing"),
     "nothing to distill": (["quant=none"], "objective=next_token trains it plainly"),
     "no such LoRA target": (
         ["trainable=lora", "trainable.target_modules=[foo]"],

@@ -229,6 +229,23 @@ def test_observing_changes_nothing_and_keeps_no_graph(observer):
     assert torch.equal(x, before)
 
 
+def test_the_search_does_not_depend_on_torchs_default_dtype():
+    values = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+
+    def searched():
+        observer = MSE(QuantSpec(bits=4, granularity="channel", scale_dtype="float32"))
+        observer.observe(values)
+        return observer.scale()
+
+    expected, default = searched(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as Lightning does around every forward of bf16-true
+        found = searched()
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(found, expected)
+
+
 INT8 = QuantSpec(bits=8, granularity="tensor", scale_dtype="float32")
 SIGNLESS = QuantSpec(bits=8, granularity="tensor", symmetric=False, scale_dtype="float32")
 

@@ -217,13 +217,17 @@ def _play(blocks: list[nn.Module], run: Run, batches: list[_Batch]) -> None:
 @contextmanager
 def _forwards(blocks: list[nn.Module], replacement: Callable[..., Tensor]) -> Iterator[None]:
     """Within, calling block i calls `replacement(i, ...)`."""
+    # A forward of the block's own, compiled or one that moves its inputs to the block's device, is put back.
+    own = [block.__dict__.get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.forward = partial(replacement, index)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
 
 
 def _outputs(

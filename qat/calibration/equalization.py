@@ -165,24 +165,38 @@ def _error(layer: FakeQuantLinear, sample: Tensor, factor: Tensor) -> float:
 
 
 def _observed(places: list[Pair], run: Run, tokens: int) -> dict[str, Inputs]:
-    """The inputs of each pair's consumers over `run`, by the producer's name."""
+    """The inputs of each pair's consumers over `run`, by the producer's name.
+
+    Runs twice: how many tokens there are says which to keep, so that no more than those are held.
+    """
+    watched = {pair.name: next(iter(pair.consumers.values())) for pair in places}
+    counts: dict[str, list[int]] = {}  # tokens of each batch that has some
     parts: dict[str, list[Inputs]] = {}
+
+    def count(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if found := len(unmasked(args[0])):
+            counts.setdefault(name, []).append(found)
 
     def note(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = unmasked(args[0].detach()).float()
         if len(x):
-            size = x.abs()
-            parts.setdefault(name, []).append(Inputs(size.amax(0), size.sum(0) / len(x), x))
+            size, seen = x.abs(), parts.setdefault(name, [])
+            here = spread[name] - sum(counts[name][: len(seen)])
+            kept = x[here[(here >= 0) & (here < len(x))].to(x.device)]
+            seen.append(Inputs(size.amax(0), size.sum(0) / len(x), kept))
 
-    with _hooked({pair.name: next(iter(pair.consumers.values())) for pair in places}, note):
+    with _hooked(watched, count):
+        run()
+    totals = {name: sum(found) for name, found in counts.items()}
+    spread = {name: torch.linspace(0, total - 1, min(tokens, total)).long() for name, total in totals.items()}
+    with _hooked(watched, note):
         run()
     found = {}
     for name, seen in parts.items():
-        counts = torch.tensor([float(len(p.sample)) for p in seen])
-        mean = torch.stack([p.mean for p in seen]).mul(counts[:, None].to(seen[0].mean)).sum(0) / counts.sum()
-        rows = torch.cat([p.sample for p in seen])
-        spread = torch.linspace(0, len(rows) - 1, min(tokens, len(rows))).long()
-        found[name] = Inputs(torch.stack([p.absmax for p in seen]).amax(0), mean, rows[spread.to(rows.device)])
+        weights = torch.tensor(counts[name], dtype=torch.float32)
+        mean = torch.stack([p.mean for p in seen]).mul(weights[:, None].to(seen[0].mean)).sum(0) / weights.sum()
+        absmax = torch.stack([p.absmax for p in seen]).amax(0)
+        found[name] = Inputs(absmax, mean, torch.cat([p.sample for p in seen]))
     return found
 
 

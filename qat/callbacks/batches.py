@@ -1,7 +1,7 @@
 """How a callback works on a module it knows nothing about: its batches, its losses, its methods."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def step_losses(output: Any, batch: Any, batch_idx: int) -> Losses:
 
 def _size(batch: Any) -> int:
     while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
     return len(batch)
 
 

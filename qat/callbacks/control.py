@@ -60,7 +60,7 @@ def train_control(
     trainer(checkpoints).fit(pl_module, data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
         pass
-    shared = {n: t.detach().clone().contiguous() for n, t in pl_module.state_dict().items()}
+    shared = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in pl_module.state_dict().items()}
     save_file(shared, temporary.name)
     os.replace(temporary.name, folder / WEIGHTS)
     for checkpoint in checkpoints.glob("*.ckpt"):

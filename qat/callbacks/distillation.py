@@ -20,6 +20,7 @@ from qat.calibration.blocks import find_blocks
 from qat.callbacks.batches import after
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.insertion import layers
+from qat.structure import keep_frequencies
 from qat.training import divergence, hidden_error
 
 
@@ -155,6 +156,7 @@ class Distillation(L.Callback):
         if not self._teaches:
             return
         assert self.teacher is not None
+        keep_frequencies(self.teacher)
         self.teacher = trainer.precision_plugin.convert_module(self.teacher)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         self.teacher.to(device=self.device or pl_module.device, dtype=dtype).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from qat.callbacks.batches import forward_batch, muted
+from qat.callbacks.batches import muted
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import to_device
 from qat.export import Artifact, export
@@ -50,23 +50,26 @@ class Export(L.Callback):
         quantization = next(c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining))  # type: ignore[attr-defined]
         model = quantization.quantized(pl_module)
         if not (chosen := widths(model)):
-            self.artifacts["packed"] = self._export(trainer, pl_module, model, self.directory)
+            self.artifacts["packed"] = self._export(trainer, pl_module, quantization, self.directory)
             return
         for bits in chosen if self.bits is None else (self.bits,):
             name = "packed" if bits == chosen[0] else f"packed_int{bits}"
             with at_width(model, bits):
-                self.artifacts[name] = self._export(trainer, pl_module, model, self.directory / f"int{bits}")
+                self.artifacts[name] = self._export(trainer, pl_module, quantization, self.directory / f"int{bits}")
 
     def _export(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, model: torch.nn.Module, directory: Path
+        self, trainer: L.Trainer, pl_module: L.LightningModule, quantization: QuantizationAwareTraining, directory: Path
     ) -> Artifact:
+        model = quantization.quantized(pl_module)
         # The weights moved once more after the last batch (if there was any), so one more training-mode forward, with
         # the precision and the code path of training, is what the artifact has to equal.
         with record(model) as recorded:
             batch = self._batch if self._batch is not None else next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
             pl_module.train()
+            for norm in (m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+                norm.eval()  # the statistics of one batch more would be no part of what was measured
             with torch.no_grad(), trainer.precision_plugin.forward_context(), muted(pl_module):
-                forward_batch(pl_module, to_device(batch, pl_module))
+                quantization.forward(pl_module, to_device(batch, pl_module))
         exported = export(model, recorded, directory, tokenizer=self.tokenizer, dtype=self.dtype)
         cached = f" and keys and values of {len(of)} attentions" if (of := exported.attentions) else ""
         log.info("exported to %s, proven bit-exact for %d layers%s", directory, len(exported.layers), cached)

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,23 @@ class NaNGuard(L.Callback):
         if trainer.scaler is not None:
             return
         named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
-        if named and not torch.isfinite(torch.stack(torch._foreach_norm([g for _, g in named]))).all():
-            bad = next(n for n, g in named if not torch.isfinite(g).all())
+        if not named:
+            return
+        norms = torch._foreach_norm([g for _, g in named])
+        finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite()
+        if not finite.all():
+            bad, gradient = named[int(finite.int().argmin())]
+            what = "has a norm beyond its dtype" if torch.isfinite(gradient).all() else "holds NaN or infinite values"
             raise ValueError(
-                f"the gradient of {bad} at step {trainer.global_step} holds NaN or infinite values; the weights are "
-                "those before it. Try a lower learning rate, of the weights or of the scales"
+                f"the gradient of {bad} at step {trainer.global_step} {what}; the weights are those before it. Try a "
+                "lower learning rate, of the weights or of the scales"
             )
 
 
 def _fields(batch: Any, prefix: str = "batch") -> list[tuple[str, Tensor]]:
     if isinstance(batch, Tensor):
         return [(prefix, batch)]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return [f for key, value in batch.items() for f in _fields(value, f"{prefix}[{key!r}]")]
     if isinstance(batch, (list, tuple)):
         return [f for i, value in enumerate(batch) for f in _fields(value, f"{prefix}[{i}]")]

@@ -41,8 +41,10 @@ class TrainHistory(L.Callback):
         if isinstance(labels, torch.Tensor):
             # -100 is torch's ignore_index.  The sum stays a tensor: to read it would be to wait for the device.
             self._seen = self._seen + (labels != -100).sum()
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.rows.append({"step": trainer.global_step, "loss": float(outputs["loss"])})
+        step, last = trainer.global_step, self.rows[-1]["step"] if self.rows else 0
+        # Once a step, whose batches may be several.
+        if step > last and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.rows.append({"step": step, "loss": float(outputs["loss"])})
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "seen": self.seen, "seconds": self.seconds}

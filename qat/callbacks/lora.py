@@ -3,16 +3,19 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from torch import Tensor, nn
+from torch import nn
 
 from qat.callbacks.batches import after
 from qat.callbacks.quantization import QuantizationAwareTraining, quantization_of
 from qat.callbacks.trainable import Trainable
 from qat.export.directory import atomic_directory
 from qat.insertion import layers
+from qat.nn import LAYERS
 from qat.scheme import QuantScheme
+from qat.structure import owners
 from qat.training.lora import add_adapters, check_rank, save_adapter, targeted
 
 log = logging.getLogger(__name__)
@@ -60,8 +63,10 @@ class LoRA(Trainable):
         """
         if not self.r:
             return
-        weights = {n: getattr(model.get_submodule(n), "weight", None) for n in chosen}
-        shapes = {n: w.shape for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+        modules: dict[str, Any] = {n: model.get_submodule(n) for n in chosen}
+        kinds = {n: LAYERS.get(type(m), type(m)).kind for n, m in modules.items()}  # type: ignore[attr-defined]
+        linear = {n: m.weight for n, m in modules.items() if kinds[n] == "linear"}
+        shapes = {n: weight.shape for n, weight in linear.items() if len(owners(model, weight)) == 1}
         check_rank(self.r, {n: shapes[n] for n in targeted(shapes, self.target_modules)})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -7,7 +7,7 @@ checkpoint carries it, and every phase is chosen by `step >= border`, so a resum
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class QuantizationAwareTraining(L.Callback):
         untie: give an output layer that shares the embedding's weight its own copy first.
         calibration_loader: batches for calibrations that need data; by default the datamodule's
             `calibration_dataloader()`.
-        forward: (module, batch) -> anything; how one such batch runs.
+        forward: (module, batch) -> anything; how one such batch runs, and the last training batch for an export.
         calibration_folder: where a calibration keeps finished blocks, so that a killed one goes on; None: nowhere.
     """
 
@@ -202,7 +202,7 @@ class QuantizationAwareTraining(L.Callback):
         pl_module.eval()
         try:
             for batch in loader:
-                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with trainer.precision_plugin.forward_context(), token_mask(mask), muted(pl_module):
                     self.forward(pl_module, to_device(batch, pl_module))
         finally:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from qat.data import windows
 from qat.data.documents import Document, Split
 from qat.data.language import LanguageData
@@ -25,7 +27,7 @@ class ChatData(LanguageData):
 
     Raises:
         ValueError: the file is missing, a line is not a conversation (named by number), the tokenizer has
-            no chat template, or a split has no assistant token.
+            no chat template or one that refuses a conversation, or a split has no assistant token.
     """
 
     def __init__(
@@ -90,11 +92,15 @@ class ChatData(LanguageData):
             raise ValueError(f"data {self.name}: the model's tokenizer has no chat template; use data=text")
         if not messages:
             return []
-        return list(
-            self.tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)[
-                "input_ids"
-            ]
-        )
+        options = {"tokenize": True, "add_generation_prompt": prompt, "return_dict": True}
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, **options)["input_ids"])
+        except TemplateError as error:  # as some do where there is a system message, or one speaker twice in a row
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"data {self.name}: the model's chat template refuses a conversation of {roles} "
+                f"({messages[0]['content'][:40]!r}...): {error}; take such turns out of the file"
+            ) from error
 
 
 def conversations(path: Path) -> list[Document]:

@@ -127,7 +127,8 @@ class LanguageData(ResumableData):
         ids = self.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         start = [bos if bos is not None else eos] if (bos is not None or eos is not None) else []
-        end = [eos] if eos is not None and eos != bos else []
+        # Where the end token stands in for a start token, the next document's ends this one: never two in a row.
+        end = [eos] if eos is not None and [eos] != start else []
         return [start + tokens + end for tokens in ids]
 
     def train_dataloader(self) -> DataLoader:

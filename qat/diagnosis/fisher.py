@@ -46,9 +46,11 @@ def fisher_traces(
                 logs = F.log_softmax(logits[batch["labels"].to(logits.device) != IGNORE].float(), -1)
                 generator = generator or torch.Generator(logits.device).manual_seed(seed)
                 drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-                gradients = torch.autograd.grad(-logs.gather(1, drawn).sum(), list(weights.values()))
+                nll = -logs.gather(1, drawn).sum()
+                gradients = torch.autograd.grad(nll, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
-                sums[name] += float(gradient.float().square().sum())
+                if gradient is not None:  # an expert that no token of this batch chose has none: 0
+                    sums[name] += float(gradient.float().square().sum())
             tokens += len(drawn)
     finally:
         for name, weight in weights.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 
 
@@ -76,7 +77,7 @@ def evaluate(
 
     Args:
         module: anything that `losses` understands; its training flag is restored afterwards.
-        loader: batches; tensors in a batch that is a mapping are moved to the module's device.
+        loader: batches; their tensors are moved to the module's device (`to_device`).
         losses: (module, batch) -> Losses.
         context: entered around every batch (a precision plugin's forward context).
         progress: description of a progress bar, or None for none.
@@ -97,15 +98,9 @@ def evaluate(
 
 
 def to_device(batch: Any, module: torch.nn.Module) -> Any:
-    """`batch` with its tensors on the device of `module`'s first parameter."""
+    """`batch`, of any mappings and sequences, with its tensors on the device of `module`'s first parameter."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {k: to_device(v, module) for k, v in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(v, module) for v in batch)
-    return batch
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device), allow_frozen=True)
 
 
 def _tracked(loader: Iterable[Any], progress: str | None) -> Iterable[Any]:

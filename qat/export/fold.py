@@ -45,7 +45,6 @@ class Folded:
         scale: (out, groups), the scheme's scale dtype.
         input_scale: (1,), the input's scale dtype, for static activations; else None.
         input_zero_point: (1,), int8, for asymmetric activations; else None.
-        bias: (out,), the layer's dtype, or None.
     """
 
     scheme: QuantScheme
@@ -53,7 +52,6 @@ class Folded:
     scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    bias: Tensor | None
 
 
 @contextmanager
@@ -123,7 +121,6 @@ def fold(layer: FakeQuantLayer, weight_dtype: torch.dtype, name: str = "the laye
         scale=_per_row(scale, weight).to("cpu", scale_dtype(quantizer.spec)),
         input_scale=None if input_scale is None else input_scale.to(scale_dtype(layer.scheme.input)),  # type: ignore[arg-type]
         input_zero_point=input_zero_point,
-        bias=None if layer.bias is None else layer.bias.detach().cpu(),
     )
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from qat.export.cache import RecordedKeyValues
     from qat.export.fold import Recorded
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4", "I64": "<i8"}
+_NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
 
 
 class VerificationError(ValueError):

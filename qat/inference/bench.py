@@ -47,7 +47,7 @@ def speed(model: Any, batch: int, prompt: int, new_tokens: int, rounds: int = 3)
     """
     if min(batch, prompt, rounds) < 1 or new_tokens < 2:
         raise ValueError(f"batch and prompt must be at least 1 and new tokens 2, got {batch}, {prompt}, {new_tokens}")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(model.device)
     reading, writing = [], []

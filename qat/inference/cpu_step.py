@@ -82,7 +82,10 @@ class CpuStep:
         if self.threads != torch.get_num_threads():
             self._record()
         self.slot[0] = cache.length
-        torch.index_select(self.embedding, 0, tokens[:, 0], out=self.x)
+        if self.table is None:
+            self.x.copy_(self.decoder.embedding(tokens[:, 0]))
+        else:
+            torch.index_select(self.table, 0, tokens[:, 0], out=self.x)
         for function, arguments in self.calls:
             if function(*arguments):
                 raise MemoryError("no memory for a step's temporaries")
@@ -92,9 +95,9 @@ class CpuStep:
     def _record(self) -> None:
         decoder, cache, dtype = self.decoder, self.cache, self.decoder.dtype
         self.threads, self.calls = torch.get_num_threads(), []
-        # Without the autograd state that parameters have
-        self.embedding = decoder.embedding.weight.detach()
-        self.x = torch.empty(cache.batch, self.embedding.shape[1], dtype=dtype)
+        # Without the autograd state that parameters have; None where rows are packed.
+        self.table = decoder.embedding.weight.detach() if type(decoder.embedding) is nn.Embedding else None
+        self.x = torch.empty(cache.batch, len(decoder.norm.weight), dtype=dtype)
         self.normed = torch.empty_like(self.x)
         self.cos, self.sin = (table.contiguous() for table in decoder.rotary(cache.capacity))
         shape = (*cache.keys.shape[1:-1], decoder.head_dim)

@@ -1,7 +1,7 @@
 """Schemes of compressed-tensors directories that other tools wrote, from their config.json."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,28 @@ from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 _SCALE_DTYPES: dict[str, Any] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def foreign_schemes(weights: Path, settings: Mapping[str, Any]) -> dict[str, QuantScheme]:
+def foreign_schemes(files: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, QuantScheme]:
     """The scheme of each quantized layer, by dotted name.
 
     Dynamic activations are quantized by the rule `qmax`, as servers do; the config does not say which.
 
     Args:
-        weights: the safetensors file.
+        files: of weights, safetensors.
         settings: the `quantization_config`.
 
     Raises:
         ValueError: a layer is quantized in a way that packed layers cannot hold.
     """
     schemes = {}
-    with safe_open(weights, "pt") as file:
-        for key in sorted(file.keys()):
+    for weights in files:
+        for key, dtype in _dtypes(weights).items():
             layer, _, kind = key.rpartition(".")
             if kind in ("weight_zero_point", "weight_g_idx", "output_scale"):
                 raise ValueError(f"{weights}: {key}: only symmetric weights in their own order can be loaded")
             if kind == "weight_scale":
                 group = _group_of(layer, settings)
-                dtype = _SCALE_DTYPES.get(file.get_slice(key).get_dtype())
                 try:
-                    schemes[layer] = _scheme(group, dtype)
+                    schemes[layer] = _scheme(group, _SCALE_DTYPES.get(dtype))
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{weights}: {layer} is quantized in a way that qat cannot load: {error}"
@@ -42,11 +41,17 @@ def foreign_schemes(weights: Path, settings: Mapping[str, Any]) -> dict[str, Qua
     return schemes
 
 
-def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec | None:
+def _dtypes(weights: Path) -> dict[str, str]:
+    """What a safetensors file calls the dtype of each of its tensors, by name, in order."""
+    with safe_open(weights, "pt") as file:
+        return {key: file.get_slice(key).get_dtype() for key in sorted(file.keys())}
+
+
+def foreign_cache(files: Sequence[Path], scheme: Mapping[str, Any] | None) -> QuantSpec | None:
     """How keys and values are quantized; None for float.
 
     Args:
-        weights: the safetensors file.
+        files: of weights, safetensors.
         scheme: the `kv_cache_scheme`.
 
     Raises:
@@ -54,9 +59,9 @@ def foreign_cache(weights: Path, scheme: Mapping[str, Any] | None) -> QuantSpec 
     """
     if scheme is None:
         return None
-    with safe_open(weights, "pt") as file:
-        scale = next((key for key in sorted(file.keys()) if key.endswith(".k_scale")), None)
-        dtype = None if scale is None else _SCALE_DTYPES.get(file.get_slice(scale).get_dtype())
+    weights = files[0].parent
+    stored = next((d for path in files for key, d in _dtypes(path).items() if key.endswith(".k_scale")), "")
+    dtype = _SCALE_DTYPES.get(stored)
     strategy, dynamic, bits = (scheme.get(key) for key in ("strategy", "dynamic", "num_bits"))
     granularity = {"tensor": "tensor", "attn_head": "head"}.get(strategy or "")
     if dynamic or granularity is None or bits != 8 or dtype is None:

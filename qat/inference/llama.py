@@ -86,12 +86,12 @@ class LlamaDecoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of a cache that does not hold bytes."""
-        return self.embedding.weight.dtype
+        return self.norm.weight.dtype  # of what is never packed
 
     @property
     def device(self) -> torch.device:
         """Of weights and cache."""
-        return self.embedding.weight.device
+        return self.norm.weight.device
 
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache.

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from qat.export.directory import SIDE_FILE, SIDE_VERSION, sha256, weights_file
+from qat.export.directory import SIDE_FILE, SIDE_VERSION, WEIGHTS, sha256, weights_file
 from qat.inference.cpu_backend import use_cpu_kernels
 from qat.inference.cuda_backend import require_cuda, use_cuda_kernels
 from qat.inference.foreign import foreign_cache, foreign_schemes
@@ -49,7 +49,7 @@ def load_packed(
 
     Args:
         directory: what `qat.export.export` or `write_float` wrote; or a compressed-tensors directory of another
-            tool, with symmetric integer weights in one file.
+            tool, with symmetric integer weights, in one file or in the shards that its index names.
         backend: `reference` computes what training computed; `cpu` uses qat's own kernels for CPUs, compiled at
             first use; `torch` uses torch's integer operators for CPUs; `cuda` uses qat's kernels for NVIDIA GPUs,
             which have not run on one yet; each where it fits a layer's scheme, and logs where.  `auto` is `cpu` on
@@ -73,13 +73,26 @@ def load_packed(
         require_cuda(torch.device(device))
     schemes, cache = _schemes(directory)
     model = empty_model(directory, schemes, dtype, cache)
-    _fill(model, weights_file(directory), schemes)
+    _fill(model, _weights(directory), schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
-    model = model.eval().to(device)
+    _move(model.eval(), device)
     if backend == "cuda":
         use_cuda_kernels(model, model.dtype)
     return model, _tokenizer(directory)
+
+
+def _move(model: nn.Module, device: torch.device | str) -> None:
+    """`model.to(device)`, in which layers that share a table go on to: torch moves a shared buffer once for each."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                holders.setdefault(id(buffer), []).append((module, name))
+    model.to(device)
+    for (first, name), *others in holders.values():
+        for module, its_name in others:
+            module._buffers[its_name] = first._buffers[name]
 
 
 def _use(backend: Backend, model: Any) -> None:
@@ -96,15 +109,22 @@ def _use(backend: Backend, model: Any) -> None:
         use_torch_operators(model, model.dtype)
 
 
+def _weights(directory: Path) -> list[Path]:
+    """The files of weights: one, or the shards of a large model that another tool wrote."""
+    one, index = weights_file(directory), directory / f"{WEIGHTS}.index.json"
+    if one.is_file() or not index.is_file():
+        return [one]
+    return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
 def _schemes(directory: Path) -> tuple[dict[str, QuantScheme], QuantSpec | None]:
     """Of each quantized layer, and of keys and values, once the weights are known to be those that were exported."""
-    for path in (directory / "config.json", weights_file(directory)):
+    for path in (directory / "config.json", *(weights := _weights(directory))):
         if not path.is_file():
             raise ValueError(f"{path} is missing: not a directory that qat exported, or a partial copy")
     if not (directory / SIDE_FILE).is_file():
         log.warning("%s has no %s: not written by qat, so that damage goes unnoticed", directory, SIDE_FILE)
         settings = json.loads((directory / "config.json").read_text()).get("quantization_config", {"config_groups": {}})
-        weights = weights_file(directory)
         return foreign_schemes(weights, settings), foreign_cache(weights, settings.get("kv_cache_scheme"))
     try:
         side = json.loads((directory / SIDE_FILE).read_text())
@@ -166,25 +186,28 @@ def empty_model(
 
 
 @torch.no_grad()
-def _fill(model: Any, path: Path, schemes: Mapping[str, QuantScheme]) -> None:
-    """Copy the tensors of the file into `model`, each to its place, and account for all of both."""
+def _fill(model: Any, files: Sequence[Path], schemes: Mapping[str, QuantScheme]) -> None:
+    """Copy the tensors of the files into `model`, each to its place, and account for all of both."""
     wanted = dict(model.state_dict(keep_vars=True))
     for tensor in wanted.values():
         ask_for_huge_pages(tensor)
-    with safe_open(path, "pt") as file:
-        stored = set(file.keys())
-        filled = set()
-        for name in stored:
-            if name.endswith(".weight_shape"):
-                continue
-            place, value = _placed(name, file.get_tensor(name), schemes)
-            if place not in wanted or wanted[place].shape != value.shape:
-                have = tuple(wanted[place].shape) if place in wanted else "no such tensor"
-                raise ValueError(f"{path}: {name} is {tuple(value.shape)}, the model has {have}: config.json differs")
-            wanted[place].copy_(value)
-            filled.add(id(wanted[place]))
+    filled = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.endswith(".weight_shape"):
+                    continue
+                place, value = _placed(name, file.get_tensor(name), schemes)
+                if place not in wanted or wanted[place].shape != value.shape:
+                    have = tuple(wanted[place].shape) if place in wanted else "no such tensor"
+                    raise ValueError(
+                        f"{path}: {name} is {tuple(value.shape)}, the model has {have}: config.json differs"
+                    )
+                wanted[place].copy_(value)
+                filled.add(id(wanted[place]))
     if missing := [name for name, tensor in wanted.items() if id(tensor) not in filled]:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing ({', '.join(missing[:3])}); export again")
+        names = ", ".join(missing[:3])
+        raise ValueError(f"{', '.join(map(str, files))}: {len(missing)} tensors are missing ({names}); export again")
 
 
 def _placed(name: str, value: Tensor, schemes: Mapping[str, QuantScheme]) -> tuple[str, Tensor]:

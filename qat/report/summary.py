@@ -175,12 +175,6 @@ def _is_cell(column: str, value: Any) -> bool:
     return column in ("name", "scheme", "shape") or _is_number(value)
 
 
-def model_row(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row of one model of a run, all None where the run has no such model."""
-    empty = dict.fromkeys(_ROWS["models"]) | {"name": name}
-    return next((row for row in summary["models"] if row["name"] == name), empty)
-
-
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
     """`value` with so many decimals, or a dash; a value that rounds to zero has no sign."""
     if value is None:

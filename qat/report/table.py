@@ -20,7 +20,7 @@ from qat.report.summary import (
 )
 
 # Runs that agree in all of these and differ in their seed are repetitions of one experiment.
-_EXPERIMENT = ("recipe", "scheme", "model", "data", "corpus_digest", "steps", "tokens")
+_EXPERIMENT = ("recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "steps", "tokens")
 
 # What `compare` shows of a run, by the names of the summary.
 _FIGURES = (

@@ -13,6 +13,7 @@ from qat.insertion import insert, layers, set_stage
 from qat.scheme import QuantSpec, uniform
 
 QUICK = RangeCalibration("quick", weight="absmax")
+QUICK_GPTQ = GPTQ(ranges=QUICK, sequential="block")
 
 
 def states(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -211,3 +212,18 @@ def test_a_run_that_keeps_keys_and_values_calibrates_as_one_that_does_not(tiny_l
         GPTQ()(model, lambda m=model, cached=use_cache: m(tokens, use_cache=cached))
         found.append(model.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_forward_that_a_block_was_given_is_its_own_again_afterwards(tiny_llama):
+    model, calls = inserted(tiny_llama()), []
+    block = model.model.layers[0]
+    original = block.forward
+
+    def given(*args, **kwargs):  # as one that moves its inputs to the block's device
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = given
+    QUICK_GPTQ(model, runner(model))
+    assert block.forward is given and calls  # calibration ran it, too
+    assert "forward" not in model.model.layers[1].__dict__

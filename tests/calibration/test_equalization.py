@@ -3,11 +3,12 @@
 import pytest
 import torch
 from llama_data import G32, batches, inserted, logits, runner
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from qat.calibration import AWQ, ClipSearch, RangeCalibration, Rotation, SmoothQuant
+from qat.calibration import AWQ, ClipSearch, RangeCalibration, Rotation, SmoothQuant, equalization
 from qat.calibration.equalization import Inputs
-from qat.calibration.llama_like import find_pairs
+from qat.calibration.llama_like import Pair, find_pairs
 from qat.fake_quantizer import Stage
 from qat.functional import fake_quantize
 from qat.insertion import layers, quantizers, set_stage
@@ -177,3 +178,17 @@ def test_a_block_that_no_token_reaches_is_named(tiny_llama):
     model = inserted(tiny_llama())
     with pytest.raises(ValueError, match="after input_layernorm: no usable token reaches it"):
         AWQ().equalize(model.model.layers[0], lambda: None)
+
+
+def test_no_more_inputs_are_held_than_the_error_is_computed_with(monkeypatch):
+    layer, held = nn.Linear(8, 8), []
+    batches = [torch.randn(1, count, 8) for count in (7, 50, 43)]
+    made = equalization.Inputs
+    monkeypatch.setattr(equalization, "Inputs", lambda *fields: held.append(fields[2]) or made(*fields))
+    pair = Pair("norm", nn.LayerNorm(8), {"layer": layer})
+    found = equalization._observed([pair], lambda: [layer(x) for x in batches], 10)["norm"]
+    tokens = torch.cat(batches, 1)[0]
+    assert torch.equal(found.sample, tokens[torch.linspace(0, 99, 10).long()])
+    assert torch.equal(found.absmax, tokens.abs().amax(0))
+    torch.testing.assert_close(found.mean, tokens.abs().mean(0))
+    assert sum(map(len, held)) == 2 * 10  # batch by batch, and together

@@ -8,6 +8,7 @@ import pytest
 import torch
 from digits import Classifier, digits, int4, trainer
 from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from qat.callbacks import NaNGuard, SafeExit
 
@@ -112,3 +113,19 @@ def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(tmp_path, caplog, acc
     trainer(int4(), **settings).fit(resumed, data, ckpt_path=path, weights_only=False)
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+def test_a_gradient_too_large_for_its_norm_stops_the_run_in_words():
+    class Enormous(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            pl_module.network[2].weight.grad.fill_(1e38)  # finite, and its square is not
+
+    module, run = Classifier(), trainer(Enormous(), NaNGuard())
+    with pytest.raises(ValueError, match=r"the gradient of network.2.weight at step 0 has a norm beyond its dtype"):
+        run.fit(module, digits(batch_size=1500)[0])
+
+
+def test_nan_in_a_tokenizers_batch_is_named():
+    batch = BatchEncoding({"pixels": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(ValueError, match=r"field batch\['pixels'\] holds NaN"):
+        NaNGuard().on_train_batch_start(trainer(), Classifier(), batch, 0)

@@ -3,6 +3,7 @@
 import time
 
 import torch
+from digits import Classifier, digits, trainer
 
 from qat.callbacks.history import TrainHistory
 
@@ -29,3 +30,10 @@ def test_a_resumed_training_counts_all_its_sessions():
     second.load_state_dict(first.state_dict())
     assert seen_after(second, torch.ones(3)) == 7
     assert 110 <= second.seconds < 115
+
+
+def test_a_step_of_several_batches_has_one_row():
+    history = TrainHistory(0.0)
+    run = trainer(history, steps=4, accumulate_grad_batches=3, log_every_n_steps=2)
+    run.fit(Classifier(), digits()[0])
+    assert [row["step"] for row in history.rows] == [2, 4]

@@ -9,7 +9,8 @@ from test_quantization import StopAt
 
 from qat.calibration import CALIBRATIONS
 from qat.callbacks import LoRA
-from qat.insertion import insert, layers
+from qat.insertion import insert, layers, plan
+from qat.scheme import QuantSpec, uniform
 from qat.training import load_adapter
 
 LOADERS = digits()
@@ -97,3 +98,13 @@ def test_what_does_not_fit_is_refused_with_what_does():
         trainer(lora()).fit(module, LOADERS[0])
     with pytest.raises(ValueError, match="cannot be negative"):
         LoRA(r=-1)
+
+
+def test_a_target_that_cannot_have_an_adapter_is_refused_before_anything_is_trained(tiny_llama):
+    model = tiny_llama(tie=True)
+    schemes = uniform(QuantSpec(bits=8, granularity="channel"), kinds=("linear", "embedding"))
+    chosen = plan(model, schemes)
+    for target in ("embed_tokens", "lm_head"):  # rows that are looked up, and the output layer that shares them
+        with pytest.raises(ValueError, match=f"no quantized linear layer is called {target}"):
+            LoRA(r=2, target_modules=[target]).check(model, chosen, int4())
+    LoRA(r=2, target_modules=["q_proj"]).check(model, chosen, int4())

@@ -220,3 +220,10 @@ def test_the_digest_knows_the_template(chat, other):
     first = chat().digest
     assert chat(template=other).digest != first
     assert chat().digest == first
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_its_reason(chat):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    data = chat(template=strict + CHAT_TEMPLATE)  # as Gemma's
+    with pytest.raises(ValueError, match=r"refuses a conversation of system, user, assistant .*System role not supp"):
+        data.encode(turns("hi", "hello", system="be brief"))

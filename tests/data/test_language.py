@@ -222,3 +222,12 @@ def test_a_real_model_has_its_documented_loss(stories_directory, shared_data):
     assert losses.tokens.sum() == 54_453
     assert losses.loss == pytest.approx(1.305, abs=0.0005)
     assert losses.perplexity == pytest.approx(3.69, abs=0.005)
+
+
+def test_one_token_stands_between_two_documents_where_a_tokenizer_has_no_start_token(data):
+    language = data()
+    language.tokenizer = train_tokenizer(CORPUS, 300)
+    language.tokenizer.bos_token = None  # as Qwen2.5's
+    eos = language.tokenizer.eos_token_id
+    tokens = [i for document in language._tokenize(CORPUS) for i in document]
+    assert tokens[0] == eos and tokens.count(eos) == len(CORPUS)

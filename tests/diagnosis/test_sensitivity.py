@@ -185,3 +185,16 @@ def test_a_mixed_map_is_exported_as_it_was_measured(inputs, batches, tiny_llama,
     packed, _ = load_packed(tmp_path / "m")
     with torch.no_grad():
         assert torch.equal(forward_of(packed)(batches[0]), logits)
+
+
+def test_an_expert_that_no_token_of_a_batch_chose_counts_as_zero_there():
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 5), nn.Linear(6, 5)
+    batches = [{"x": torch.randn(1, 4, 6), "labels": torch.zeros(1, 4, dtype=torch.int64)} for _ in range(2)]
+    chosen = [first, second, first, second]
+
+    def routed(batch):
+        return chosen.pop(0)(batch["x"])
+
+    both = fisher_traces({"first": first.weight, "second": second.weight}, batches, routed)
+    assert both["first"] > 0 and both["second"] > 0

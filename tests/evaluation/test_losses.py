@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from qat.evaluation import Losses, evaluate
 from qat.evaluation.losses import by_document, to_device
@@ -121,3 +122,9 @@ def test_sums_are_kept_in_float64():
     many = [part([1.0], [0], [1], [0])] + [part([2.0**-30], [0], [1], [0]) for _ in range(4)]
     assert by_document(many).nll.dtype == np.float64
     assert by_document(many).nll[0] == 1 + 2.0**-28
+
+
+def test_a_tokenizers_batch_moves_and_stays_one():
+    module = nn.Linear(1, 1, device="meta")
+    moved = to_device(BatchEncoding({"input_ids": torch.zeros(1, 2)}), module)
+    assert type(moved) is BatchEncoding and moved.input_ids.device.type == "meta"

@@ -125,6 +125,13 @@ def test_values_that_are_not_finite_are_refused_by_layer(value, where, recorded_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float64], ids=str)
+def test_a_buffer_of_the_users_of_any_dtype_does_not_disturb(dtype, recorded_model, tmp_path):
+    model, recorded = recorded_model()
+    model.register_buffer("own", torch.tensor([1, 0]).to(dtype))
+    assert all(layer.weight_error is not None for layer in export(model, recorded, tmp_path / "m").layers)
+
+
 # -- planted faults ------------------------------------------------------------------------------------------
 
 

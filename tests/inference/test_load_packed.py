@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from qat.export import export, record, write_float
@@ -164,6 +165,23 @@ def test_foreign_targets_may_be_regular_expressions(artifact):
     config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:.*self_attn", r"re:model\..*_proj$"]
     edit(directory / "config.json", **config)
     assert sum(isinstance(m, PackedLinear) for m in load_packed(directory)[0].modules()) == 14
+
+
+@torch.no_grad()
+def test_shards_of_a_foreign_directory_are_one_model(artifact):
+    directory, logits = artifact()
+    (directory / "qat.json").unlink()
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)  # a layer's codes and its scales may lie in different shards
+    index = {name: f"model-{number % 2 + 1:05}-of-00002.safetensors" for number, name in enumerate(names)}
+    for shard in set(index.values()):
+        save_file({name: tensors[name] for name in names if index[name] == shard}, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert torch.equal(load_packed(directory)[0](TOKENS).logits, logits)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing"):
+        load_packed(directory)
 
 
 # -- damaged directories -------------------------------------------------------------------------------------

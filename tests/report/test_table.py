@@ -85,7 +85,9 @@ def test_the_calibration_that_won_may_differ_between_seeds(summary):
     assert [row["seed"] for row in compare_rows(runs)] == [0, 1, "mean of 2"]
 
 
-@pytest.mark.parametrize("change", [{"steps": 400}, {"scheme": "w8a16"}, {"seed": 0}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"steps": 400}, {"scheme": "w8a16"}, {"calibration": "awq"}, {"objective": "x"}, {"seed": 0}], ids=str
+)
 def test_runs_that_differ_otherwise_get_no_mean(summary, change):
     rows = compare_rows([summary(), summary(**{"seed": 1} | change)])
     assert len(rows) == 2
