@@ -45,7 +45,7 @@ def operands(layer: FakeQuantLinear, dtype: torch.dtype) -> dict:
         "packed": pack(folded.codes, scheme.weight.bits),
         "scale": folded.scale,
         "zero_point": None,
-        "bias": folded.bias,
+        "bias": None if layer.bias is None else layer.bias.detach().to(dtype),
         "bits": scheme.weight.bits,
         "group_size": scheme.weight.group_size or layer.in_features,
         "input_bits": scheme.input.bits if scheme.input else 0,
