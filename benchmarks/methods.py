@@ -128,7 +128,7 @@ LEVERS = {
     "480 steps": Lever(steps=480),
     "16 windows a step": Lever(batch=16),
 }
-CONTROL_GRID = (3e-5, 1e-4, 3e-4)
+CONTROL_GRID = (1e-5, 3e-5, 1e-4)
 
 
 class TorchaoQAT(L.Callback):
