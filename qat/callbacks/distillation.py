@@ -203,7 +203,8 @@ class Distillation(L.Callback):
                 f"{self.submodule} has no chain of blocks with quantized layers, so there are no hidden states to "
                 "compare: set objective.hidden=0"
             )
-        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict((self.teacher or part).named_modules())
+        teacher = part if self.teacher is None else self.teacher  # before training, the model is its own
+        names, theirs = [f"{name}.{i}" for i in range(len(blocks))], dict(teacher.named_modules())
         if missing := [n for n in names if n not in theirs]:
             raise ValueError(f"the teacher has no {missing[0]}, so it has no hidden states for it: objective.hidden=0")
         return names
