@@ -281,8 +281,9 @@ def test_a_percentile_is_that_of_the_values_to_the_width_of_a_bin(percentile):
     reach = observed(observer, *x.split(5000, -1)) * 127.5
     width = 2 / observer.bins * observer.limit
     exact = torch.quantile(x.abs(), percentile / 100, interpolation="higher")
-    assert exact - 1e-5 <= reach <= exact + width + 1e-5
-    assert reach <= x.abs().amax() + 1e-5
+    slack = 2**-22 * reach  # a float32 division into a scale, and the product that undoes it
+    assert exact - slack <= reach <= exact + width + slack
+    assert reach <= x.abs().amax() + slack
 
 
 def test_an_asymmetric_percentile_clips_as_much_at_both_ends():
@@ -335,4 +336,6 @@ def test_entropy_shrinks_each_end_of_an_asymmetric_range_for_itself():
     observer = Entropy(SIGNLESS)
     scale = observed(observer, x)
     low, high = (observer.offset(scale) + code * scale for code in (-128, 127))
-    assert high < 0.5 * x.max() and low == pytest.approx(-0.2, abs=0.05)
+    assert high < 0.5 * x.max()
+    # Nothing thin lies below, so that end stays: to the float32 rounding of a sum in which 128 scales cancel.
+    assert low == pytest.approx(x.min().item(), abs=128 * scale.item() * 2**-22)
