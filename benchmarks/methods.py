@@ -5,13 +5,15 @@
     python benchmarks/methods.py --seeds 0 1 2 --levers default torchao "torchao, distilled"
 
 Every run trains the same float model on the same batches for as many steps, with 4 windows a step to be affordable; the
-recipe itself, which has 16, is the lever "16 windows a step".  The learning rates of the default, of
-torchao's QAT and of what has a grid of its own are chosen on the validation split with the first seed; other levers
-train at the default's rate.  Figures are losses on the test split, in millinats per token, with 95 % intervals over
-documents, paired.  Recovery over control is (PTQ(control) - method) / (PTQ(control) - control): the control is the
-float model fine-tuned for as many steps at the best of its own rates, and its PTQ the best one of GPTQ, AWQ before GPTQ
-and learned rounding on the validation split.  Seconds and memory (by how much training raises the peak of its process;
-read from Linux's /proc) are of training, without the calibration before it, which runs that start alike share.
+recipe itself, which has 16, is the lever "16 windows a step".  The learning rates of the default, of torchao's and
+ModelOpt's QAT and of what has a grid of its own are chosen on the validation split with the first seed, by one rule:
+further rates are tried until the best one has a worse one on both sides.  Other levers train at the default's rate.
+
+Figures are losses on the test split, in millinats per token, with 95 % intervals over documents, paired.  Recovery over
+control is (PTQ(control) - method) / (PTQ(control) - control): the control is the float model fine-tuned for as many
+steps at the best of its own rates, and its PTQ the best one of GPTQ, AWQ before GPTQ and learned rounding on the
+validation split.  Seconds and memory (by how much training raises the peak of its process; read from Linux's /proc) are
+of training, without the calibration before it, which runs that start alike share.
 `outliers` is the outlier twin of `calibration.py`.
 
 ModelOpt installs beside (`pip install nvidia-modelopt`); without it, leave its levers out by --levers.  Each run has a
@@ -26,7 +28,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ STARTS: dict[str, Calibration] = {
     "adaround": Reconstruction(),
     "block_ap": Reconstruction("block_ap", learn="weights", lr=1e-3),
 }
+LADDER = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID = (1e-4, 3e-4, 1e-3)
 
 
@@ -77,7 +80,8 @@ class Lever:
     """One way to train: what differs from the default recipe.
 
     Attributes:
-        grid: learning rates to choose from; empty for the one that the default chose.
+        grid: learning rates to choose from, on `LADDER`, which is gone along while the best one is at an end; empty for
+            the one that the default chose.
     """
 
     method: str = "qat"
@@ -126,6 +130,7 @@ LEVERS = {
     "hidden states 1": Lever(hidden=1.0),
     "next token, hidden states 1": Lever(distillation=0.0, hidden=1.0),
     "480 steps": Lever(steps=480),
+    "480 steps of 16 windows": Lever(steps=480, batch=16),
     "16 windows a step": Lever(batch=16),
 }
 CONTROL_GRID = (1e-5, 3e-5, 1e-4)
@@ -315,8 +320,7 @@ class Runs:
         grid = LEVERS[name].grid
         if not grid:
             return self.best_rate(kind, scheme, "default", seed)
-        tried = {lr: losses(self.lever(kind, scheme, name, lr, seed), "validation").loss for lr in grid}
-        return min(tried, key=tried.__getitem__)
+        return best_on_ladder(grid, lambda lr: self.lever(kind, scheme, name, lr, seed))
 
     def control(self, kind: str, name: str, scheme: str | None, seed: int, first: int) -> dict[str, Any]:
         """The lever's control, or its PTQ at `scheme`, with the best of its rates for seed `first`."""
@@ -327,8 +331,18 @@ class Runs:
             title += f"{lever.steps} steps of {lever.batch}"
             return self(control, title, {}, kind, scheme, lr, seed, lever.steps, lever.batch)
 
-        tried = {lr: losses(run(None, lr, first), "validation").loss for lr in CONTROL_GRID}
-        return run(scheme, min(tried, key=tried.__getitem__), seed)
+        return run(scheme, best_on_ladder(CONTROL_GRID, lambda lr: run(None, lr, first)), seed)
+
+
+def best_on_ladder(grid: tuple[float, ...], run: Callable[[float], dict[str, Any]]) -> float:
+    """The rate with the lowest validation loss, one that has been tried on both sides."""
+    tried = {lr: losses(run(lr), "validation").loss for lr in grid}
+    while True:
+        best = min(tried, key=tried.__getitem__)
+        at = LADDER.index(best)
+        if not (beside := [lr for lr in LADDER[max(at - 1, 0) : at + 2] if lr not in tried]):
+            return best
+        tried |= {lr: losses(run(lr), "validation").loss for lr in beside}
 
 
 def losses(run: dict[str, Any], split: str = "test") -> DocumentLosses:
