@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/ready  ## Float Llama in, verified INT4 model out: table, report, W&B run (offline), export.
 	$(BIN)/python train.py recipe=llama_int4_qat
 
-test: .venv/ready  ## The test suite.
-	$(BIN)/python -m pytest
+test: .venv/ready  ## The test suite, a process for each core.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/ready  ## What pre-commit runs: lint, format, types.
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def _guarded(run: Callable[[], None], traceback: bool) -> int:
     except BrokenPipeError:
         # `qat ... | head` has read enough; the interpreter must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -236,12 +236,9 @@ give the figures that a run reports.""",
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens a window (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows at once (%(default)s)")
     parser.add_argument(
-        "--windows-per-document",
-        type=int,
-        default=4,
-        metavar="N",
+        "--windows-per-document", type=int, default=4, metavar="N",
         help="taken from each document at most (%(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--separator", metavar="TEXT", help="splits a text file into documents")
     _add_backend(parser)
 
@@ -253,8 +250,10 @@ def _eval(args: argparse.Namespace) -> None:
 
     from qat.evaluation import evaluate, loss_interval
     from qat.tasks.causal_lm import CausalLM
+    from qat.tasks.models import check_positions
 
     model, tokenizer = _load(args.directory, args.backend)
+    check_positions(model, args.seq_len, "--seq-len")
     loader = loader_of(tokenizer)
     progress = track(loader, "evaluating", console=Console(stderr=True), transient=True)
     losses = evaluate(CausalLM(model, lr=0.0), progress)

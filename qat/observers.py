@@ -154,7 +154,8 @@ class MSE(MinMax):
 
     def _sample(self, count: int) -> Tensor | slice:
         # Not every nth: with n a multiple of the features of a token, the same few features would be all it sees.
-        return slice(None) if count <= self.most else torch.randperm(count, generator=self.sampler)[: self.most]
+        # And not without repetition, for which all `count` places would have to be shuffled.
+        return slice(None) if count <= self.most else torch.randint(count, (self.most,), generator=self.sampler)
 
     def scale(self) -> Tensor:
         start = super().scale()

@@ -45,6 +45,7 @@ from qat.report.table import run_table
 from qat.resume import check_resume
 from qat.scheme import SchemeMap
 from qat.structure import untie
+from qat.tasks.models import check_positions
 from qat.trainer import build_trainer, resume_command
 
 log = logging.getLogger("qat")
@@ -148,13 +149,13 @@ class Run:
         trainable = self._trainable()
         if self._post_training and not trainable.weights_learn:
             raise ValueError("trainer.max_steps=0 trains nothing, so trainable=all is all there is to say of it")
+        if self.cfg.repeat_search and (not self.search or self._post_training or not trainable.weights_learn):
+            raise ValueError("repeat_search needs quant=auto, and steps in which weights learn: set it false")
         if self.schemes.quantizes:
             quantization = self._quantization()
             quantized = quantization.quantized(task)
             if self.search is not None:
                 self.search.budget(self.search.groups(quantized))
-            if self.cfg.repeat_search and (not self.search or self._post_training or not trainable.weights_learn):
-                raise ValueError("repeat_search needs quant=auto, and steps in which weights learn: set it false")
             chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
             half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
             check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
@@ -166,9 +167,7 @@ class Run:
             raise ValueError("quant=none trains no adapter (peft does, of a float model) and no scale: trainable=all")
         start = self.cfg.callbacks.quantization.start_step
         instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and self.data.seq_len > limit:
-            raise ValueError(f"data.seq_len={self.data.seq_len} is longer than the model's {limit} positions")
+        check_positions(model, self.data.seq_len, "data.seq_len")
         self.digest, self.architecture = weights_digest(task), model.config.to_dict()
         check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)
 
@@ -236,8 +235,8 @@ class Run:
     def _train_control(self) -> None:
         lr = self.cfg.optim.lr if self.cfg.control_lr is None else self.cfg.control_lr
         trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
-        shown = ("enable_", "log_every", "num_sanity", "val_", "check_val")
-        settings = {k: v for k, v in trainer.items() if not k.startswith(shown)}
+        # A teacher keeps fine-tuning from overfitting: a control without one would flatter a mixture that has it.
+        mixed = {"objective": {**self.cfg.objective, "hidden": 0.0}} if 0 < self.cfg.objective.weight < 1 else {}
         self.control_at = control_folder(
             Path(self.cfg.control_dir),
             model=self.digest,
@@ -245,9 +244,10 @@ class Run:
             batches=self.data.digest,
             task=OmegaConf.to_container(self.cfg.task, resolve=True),
             optim={**self.cfg.optim, "lr": lr},
-            trainer=settings,
+            trainer=trainer,
             seed=self.cfg.seed,
             versions=[__version__, torch.__version__],
+            **mixed,
         )
         if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
             log.info("control trained before: %s", self.control_at)
@@ -257,7 +257,7 @@ class Run:
             self.control_at,
             self._task(lr=lr),
             self.data,
-            lambda checkpoints: self._trainer(checkpoints, [], logger=False, limit_val_batches=0),
+            lambda at: self._trainer(at, [instantiate(o) for o in mixed.values()], logger=False, limit_val_batches=0),
         )
 
     def _measure_control(self) -> None:

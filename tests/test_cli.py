@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qat.cli import main
+from qat.tasks.models import EMBEDDED
 
 COMMANDS = ["train", "generate", "bench", "eval", "inspect", "compare"]
 RUN = {"recipe": "r", "scheme": "w4", "seed": 0, "models": [{"name": "float", "loss": 2.0}], "qat_loss": 1.5}
@@ -49,6 +50,10 @@ def test_main_help_names_every_command_and_imports_nothing_heavy():
         (["bench", ".", "--threads", "0"], "--threads must be positive"),
         (["inspect", "nowhere"], "nowhere is not a packed model"),
         (["eval", ".", "--data", "nothing.txt"], "nothing.txt: no such file"),
+        (
+            ["eval", str(EMBEDDED["stdlib_llama"]), "--data", __file__, "--split", "all", "--seq-len", "99999"],
+            "--seq-len=99999 is longer than the model's",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -108,6 +113,15 @@ def test_ctrl_c_is_quiet_and_exits_130(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["qat"])
     monkeypatch.setitem(sys.modules, "qat.main", SimpleNamespace(main=interrupted))
     assert main(["train"]) == 130 and capsys.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_written_is_an_error_not_a_traceback(monkeypatch, capsys):
+    def full():
+        raise OSError(28, "No space left on device", "summary.json")
+
+    monkeypatch.setattr(sys, "argv", ["qat"])
+    monkeypatch.setitem(sys.modules, "qat.main", SimpleNamespace(main=full))
+    assert main(["train"]) == 2 and "No space left on device: 'summary.json'" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet(tmp_path):

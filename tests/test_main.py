@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qat import stages
 from qat.calibration import GPTQ, Reconstruction
-from qat.callbacks import ScalesOnly
+from qat.callbacks import Distillation, ScalesOnly
 from qat.cli import main as qat_command
 from qat.config import RECIPES
 from qat.data.documents import python_stdlib
@@ -93,6 +93,24 @@ def test_a_sweep_trains_the_control_once_for_each_seed(job, monkeypatch, tmp_pat
     assert all(s["control_loss"] == by_seed[s["seed"]] for s in summaries)
     for summary in summaries:
         assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
+
+
+def test_beside_a_mixture_the_control_has_the_teacher_too(job, monkeypatch, tmp_path):
+    _, words = job
+    words = [*(w for w in words if not w.startswith("control_dir")), f"control_dir={tmp_path}/controls"]
+    objectives, trained = [], stages.train_control
+    monkeypatch.setattr(
+        stages, "train_control", lambda *a: (objectives.append(a[3](tmp_path).callbacks), trained(*a))[1]
+    )
+    losses = []
+    for mixture in (["objective.weight=1"], ["objective.weight=0.5", "objective.hidden=0.1"]):
+        out = tmp_path / f"run{len(mixture)}"
+        train(monkeypatch, *words, *mixture, f"hydra.run.dir={out}")
+        losses.append(read_summary(out)["control_loss"])
+    assert losses[0] != losses[1]
+    teachers = [[(c.weight, c.hidden) for c in callbacks if isinstance(c, Distillation)] for callbacks in objectives]
+    assert teachers == [[], [(0.5, 0.0)]]  # a float model has nothing to learn from itself alone
+    assert len(list((tmp_path / "controls").iterdir())) == 2
 
 
 def test_without_quantization_the_job_is_plain_training_with_a_float_export(job, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from qat.insertion import insert
 log = logging.getLogger(__name__)
 
 WEIGHTS = "control.safetensors"
+_SHOWN = ("enable_", "log_every", "num_sanity", "val_", "check_val")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -38,8 +39,13 @@ def weights_digest(model: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def control_folder(root: Path, **inputs: Any) -> Path:
-    """Where the control that depends on `inputs` (plain values: digests, rates, steps) is kept under `root`."""
+def control_folder(root: Path, trainer: Mapping[str, Any], **inputs: Any) -> Path:
+    """Where the control that depends on `inputs` (plain values: digests, rates, steps) is kept under `root`.
+
+    Args:
+        trainer: arguments of `lightning.Trainer`; those that only show or measure do not count.
+    """
+    inputs["trainer"] = {k: v for k, v in trainer.items() if not k.startswith(_SHOWN)}
     return root / hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

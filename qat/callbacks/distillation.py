@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.calibration.blocks import find_blocks
 from qat.callbacks.batches import after
@@ -179,7 +180,7 @@ class Distillation(L.Callback):
         student = _logits(output, self.submodule)
         logits, theirs = self._taught(args, kwargs, list(states))
         teacher = logits.to(student.device)
-        known = _known(batch, kwargs, student)
+        known = _known(batch, kwargs, student, pl_module.get_submodule(self.submodule))
         own = result["loss"] if isinstance(result, dict) else result
         loss = 0.0 if self.weight == 1 else (1 - self.weight) * own
         if self.weight:
@@ -269,11 +270,17 @@ def _logits(output: Any, name: str) -> Tensor:
     return logits
 
 
-def _known(batch: Any, kwargs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
-    """Rows with a label, (...), bool, where the batch has labels aligned with the logits; else those not padded."""
+def _known(batch: Any, kwargs: Mapping[str, Any], logits: Tensor, part: nn.Module) -> Tensor | None:
+    """Rows whose label is known, (...), bool, where the batch has one for each; else those not padded.
+
+    Labels lie beside the logits that predict them, except those that a transformers language model is given itself,
+    which it shifts: its logits at t are for the label at t + 1.
+    """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        return labels != -100  # torch's ignore_index
+        known = labels != -100  # torch's ignore_index
+        shifts = getattr(getattr(part, "loss_function", None), "__name__", None) == "ForCausalLMLoss"
+        return F.pad(known[..., 1:], (0, 1)) if shifts and kwargs.get("labels") is not None else known
     mask = kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
 

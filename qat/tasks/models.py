@@ -73,6 +73,13 @@ def check_finite(model: torch.nn.Module) -> None:
             )
 
 
+def check_positions(model: torch.nn.Module, tokens: int, key: str) -> None:
+    """Raise ValueError, naming `key` of that many tokens a window, if the model has fewer positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"{key}={tokens} is longer than the model's {limit} positions")
+
+
 def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE (every string round-trips) trained on `documents`, with roles for a simple chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -185,9 +185,20 @@ def test_hidden_states_may_join_the_modules_own_loss():
 def test_rows_without_a_label_and_padding_do_not_count():
     logits, labels = torch.zeros(2, 3, 5), torch.tensor([[1, -100, 2], [-100, -100, 4]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    assert _known({"labels": labels}, {"attention_mask": mask}, logits).equal(labels != -100)
-    assert _known({"tokens": labels}, {"attention_mask": mask}, logits).equal(mask.bool())
-    assert _known([labels], {}, logits) is None
+    assert _known({"labels": labels}, {"attention_mask": mask}, logits, nn.Identity()).equal(labels != -100)
+    assert _known({"tokens": labels}, {"attention_mask": mask}, logits, nn.Identity()).equal(mask.bool())
+    assert _known([labels], {}, logits, nn.Identity()) is None
+
+
+def test_labels_that_a_transformers_model_shifts_itself_count_for_the_logits_before_them(tiny_llama):
+    model = tiny_llama()
+    ids = torch.arange(10).reshape(2, 5)
+    labels = ids.masked_fill(torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 1]]).bool(), -100)
+    logits = model(input_ids=ids).logits.detach().requires_grad_()
+    model.loss_function(logits, labels, vocab_size=256).backward()
+    counted = logits.grad.abs().sum(-1) > 0  # by the model's own loss
+    assert _known({"labels": labels}, {"labels": labels}, logits, model).equal(counted)
+    assert _known({"labels": labels}, {}, logits, model).equal(labels != -100)  # shifted before
 
 
 class Sees(Classifier):

@@ -114,7 +114,7 @@ def test_recovery_needs_the_quantization_callback():
 
 
 def test_the_control_is_trained_once_and_equals_plain_training(tmp_path):
-    folder = control_folder(tmp_path, model=weights_digest(Classifier()), steps=6)
+    folder = control_folder(tmp_path, {"max_steps": 6}, model=weights_digest(Classifier()))
     train_control(folder, Classifier(), Data(), lambda checkpoints: trainer(steps=6))
     plain, loaded = Classifier(), Classifier()
     trainer(steps=6).fit(plain, LOADERS[0])
@@ -125,9 +125,11 @@ def test_the_control_is_trained_once_and_equals_plain_training(tmp_path):
 
 def test_a_control_is_known_by_everything_it_depends_on(tmp_path):
     base = {"model": "a", "batches": "b", "seed": 0}
-    folder = control_folder(tmp_path, **base)
-    assert folder == control_folder(tmp_path, **dict(reversed(base.items())))
-    assert all(folder != control_folder(tmp_path, **{**base, key: "other"}) for key in base)
+    trainer = {"max_steps": 6, "log_every_n_steps": 10}
+    folder = control_folder(tmp_path, trainer, **base)
+    assert folder == control_folder(tmp_path, {**trainer, "log_every_n_steps": 1}, **dict(reversed(base.items())))
+    assert folder != control_folder(tmp_path, {**trainer, "max_steps": 7}, **base)
+    assert all(folder != control_folder(tmp_path, trainer, **{**base, key: "other"}) for key in base)
 
 
 def test_a_weights_digest_sees_one_changed_bit():
