@@ -1,13 +1,8 @@
-"""The Hydra main: compose a config, run the stages, write the summary and the report.
+"""The Hydra main: refuse a wrong command line, compose a config, run the stages of `qat.stages`."""
 
-    float model -> control -> insert, calibrate, train -> fold, pack, verify -> measure -> report
-
-Each stage is a function below; the work is done by the callbacks they put together.
-"""
-
-import logging
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +13,21 @@ from omegaconf import DictConfig
 
 from qat.config import CONF, check_overrides, register_recipes
 
-log = logging.getLogger("qat")
+# Of Hydra's options: those that only show something, those that bring configs of the user's, and all that take a value.
+_SHOWN = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--cfg", "-c", "--info", "-i"}
+_ELSEWHERE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"}
+_VALUED = {*_ELSEWHERE, "--package", "-p", "--experimental-rerun", "--cfg", "-c"}
 
 
 def main() -> None:
     """`python train.py ...` and `qat train ...`: checks the command line first, then hands it to Hydra."""
-    words = [w for w in sys.argv[1:] if not w.startswith("-")]
+    options = {w.partition("=")[0] for w in sys.argv[1:] if w.startswith("-")}
+    words = [w for before, w in pairwise(sys.argv) if not w.startswith("-") and before not in _VALUED]
     try:
         register_recipes()
-        if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info"} & set(sys.argv):
-            check_overrides(words)
+        if not _SHOWN & options:
+            if not _ELSEWHERE & options:  # a folder of configs that only Hydra knows
+                check_overrides(words)
             _check_folder(words)
     except ValueError as error:
         sys.exit(f"error: {error}")

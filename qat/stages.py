@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Run:
     """
 
     def __init__(self, cfg: DictConfig, out: Path):
-        self.cfg, self.out = cfg, out
+        self.cfg, self.out, self._trainer = cfg, out, partial(build_trainer, cfg, out)
         self.stages: dict[str, float] = {}
         self.started = time.monotonic()
         self.control: Control | None = None
@@ -82,7 +83,8 @@ class Run:
             self._check(task)
         if self.schemes.quantizes:
             with self._stage("coverage"):
-                self._measure_coverage()
+                self._measure_coverage(task)
+        del task  # large, and not needed before the control is there
         if self.search is not None:
             with self._stage("search widths"):
                 self._search_widths(self.search, self._task(), "sensitivity.json", self.digest)
@@ -92,6 +94,7 @@ class Run:
             with self._stage("measure control"):
                 self._measure_control()
         with self._stage("calibrate" if self._post_training else "train"):
+            task = self._task()
             (self._calibrate if self._post_training else self._train)(task)
         if self.search is not None and self.cfg.repeat_search:
             task = self._repeat(self.search, task)
@@ -171,7 +174,7 @@ class Run:
         self.digest, self.architecture = weights_digest(task), model.config.to_dict()
         check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)
 
-    # -- trainers -----------------------------------------------------------------------------------
+    # -- callbacks ----------------------------------------------------------------------------------
 
     def _quantization(self) -> QuantizationAwareTraining:
         build = instantiate(self.cfg.callbacks.quantization, _partial_=True)
@@ -181,9 +184,6 @@ class Run:
         trainable, folder = instantiate(self.cfg.trainable), self.out / "adapter"
         trainable.folder, trainable.base = None if folder.exists() else folder, self.cfg.model.name
         return trainable
-
-    def _trainer(self, checkpoints: Path, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
-        return build_trainer(self.cfg, self.out, checkpoints, callbacks, **settings)
 
     # -- widths -------------------------------------------------------------------------------------
 
@@ -223,8 +223,8 @@ class Run:
 
     # -- calibration data ---------------------------------------------------------------------------
 
-    def _measure_coverage(self) -> None:
-        task, trainer = self._task(), self._trainer(self.out / "checkpoints", [], logger=False)
+    def _measure_coverage(self, task: L.LightningModule) -> None:
+        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
         trainer.datamodule, quantization = self.data, self._quantization()  # type: ignore[attr-defined]
         quantization.setup(trainer, task, "validate")
         instantiate(self.cfg.objective).check(task, quantization.start_step)

@@ -549,6 +549,18 @@ def test_a_folder_that_holds_a_run_is_not_written_into(job, monkeypatch, tmp_pat
     assert sorted(out.rglob("*")) == before
 
 
+def test_hydras_own_config_dir_brings_choices_of_the_users(job, monkeypatch, tmp_path):
+    (tmp_path / "mine" / "quant").mkdir(parents=True)
+    own = OmegaConf.load(ROOT / "conf" / "quant" / "w4a16.yaml")
+    own.weight.group_size = 32
+    OmegaConf.save(own, tmp_path / "mine" / "quant" / "own.yaml")
+    words = ["--config-dir", f"{tmp_path}/mine", *job[1], "quant=own", "trainer.max_steps=0"]
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/run")
+    assert {row["scheme"] for row in read_summary(tmp_path / "run")["layers"]} == {"w4a16-g32"}
+    with pytest.raises(SystemExit, match="holds a run"):  # no option hides the folder
+        train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/run")
+
+
 def test_help_teaches():
     environment = {**os.environ, "COLUMNS": "100"}
     shown = subprocess.run(command(["--help"]), capture_output=True, text=True, env=environment).stdout
