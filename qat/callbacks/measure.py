@@ -1,6 +1,7 @@
 """Measure a LightningModule on held-out splits, in float and after post-training quantization."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, TypeVar
 
 import lightning as L
@@ -31,17 +32,36 @@ class Measure:
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, quantization: QuantizationAwareTraining):
         self.trainer, self.module, self.quantization = trainer, pl_module, quantization
 
-    def loaders(self) -> dict[str, Any]:
-        """The held-out loaders by split; a module without a datamodule has only `validation`."""
+    def loaders(self) -> dict[str, Iterable[Any]]:
+        """The held-out batches by split; a module without a datamodule has only `validation`.
+
+        As many as `limit_val_batches` and `limit_test_batches` let Lightning see; 0 turns its loops off, and limits
+        nothing that is measured around them.
+
+        Raises:
+            ValueError: there is no validation loader, or a share of a split comes to no batch.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             loop = self.trainer.fit_loop.epoch_loop.val_loop
             loop.setup_data()
-            return {"validation": self.trainer.val_dataloaders}
-        found = {"validation": data.val_dataloader()}
+            return {"validation": self._limited("val", self.trainer.val_dataloaders)}
+        found = {"validation": self._limited("val", data.val_dataloader())}
         if type(data).test_dataloader is not L.LightningDataModule.test_dataloader:
-            found["test"] = data.test_dataloader()
+            found["test"] = self._limited("test", data.test_dataloader())
         return found
+
+    def _limited(self, split: str, loader: Any) -> Iterable[Any]:
+        name = f"limit_{split}_batches"
+        limit = getattr(self.trainer, name)
+        if loader is None:
+            raise ValueError(f"without a {split}_dataloader ({name}={limit}) nothing can be measured: give fit one")
+        if limit == 0 or (limit == 1 and isinstance(limit, float)):  # 1.0 is all, 1 is one
+            return loader
+        count = limit if isinstance(limit, int) else int(len(loader) * limit)
+        if not count:
+            raise ValueError(f"{name}={limit} of {len(loader)} batches is none: raise it")
+        return islice(loader, count)
 
     def __call__(self, label: str, splits: tuple[str, ...] = ("validation", "test")) -> Measured:
         """Losses of the module as it is; `label` names the progress bar."""

@@ -78,7 +78,11 @@ def recovered(worst: DocumentLosses, here: DocumentLosses, best: DocumentLosses)
 
     Returns:
         An estimate with value None where the interval of the gap includes 0.
+
+    Raises:
+        ValueError: they were not measured on the same documents.
     """
+    _check_paired(worst, here)
     gap = difference(worst, best)
     assert gap.value is not None and gap.low is not None and gap.high is not None
     if len(worst.tokens) < 2:
@@ -89,7 +93,6 @@ def recovered(worst: DocumentLosses, here: DocumentLosses, best: DocumentLosses)
             reason=f"gap not resolvable: {1e3 * gap.value:.2f} millinats, "
             f"interval {1e3 * gap.low:.2f} to {1e3 * gap.high:.2f}",
         )
-    _check_paired(worst, here)
     top = _resampled(worst) - _resampled(here)
     bottom = _resampled(worst) - _resampled(best)
     value = (worst.loss - here.loss) / gap.value

@@ -168,7 +168,7 @@ def test_losses_of_all_widths_are_logged_and_those_of_the_narrow_fall():
 def test_all_widths_are_measured_before_while_and_after_training():
     recovery = Recovery()
     module = Classifier()
-    run = trainer(quantization(), Nested(), recovery, limit_val_batches=4, val_check_interval=6)
+    run = trainer(quantization(), Nested(), recovery, limit_val_batches=None, val_check_interval=6)
     run.fit(module, *LOADERS)
     assert {"sliced_int4", "sliced_int2", "qat", "qat_int4", "qat_int2"} <= recovery.models.keys()
     rows = recovery.history

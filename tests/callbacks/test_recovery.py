@@ -27,8 +27,8 @@ class Data(L.LightningDataModule):
         return LOADERS[1]
 
 
-def loss_by_hand(module) -> float:
-    images, labels = LOADERS[1].dataset.tensors
+def loss_by_hand(module, batches: int = 5) -> float:
+    images, labels = (field[: 64 * batches] for field in LOADERS[1].dataset.tensors)
     with torch.no_grad():
         return float(F.cross_entropy(module(images), labels))
 
@@ -49,6 +49,31 @@ def test_float_and_ptq_losses_are_those_of_the_untrained_model():
     RangeCalibration("absmax", weight="absmax")(module, lambda: None)
     set_stage(module, Stage.FROZEN)
     assert recovery.models["ptq"]["validation"].loss == pytest.approx(loss_by_hand(module), rel=1e-6)
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["loaders", "datamodule"])
+@pytest.mark.parametrize(("limit", "batches"), [(1, 1), (2, 2), (0.5, 2), (9, 5), (1.0, 5)], ids=str)
+def test_a_limit_of_validation_batches_is_that_of_every_measurement(limit, batches, with_data):
+    recovery, module = Recovery(), Classifier()
+    run = trainer(int4(), recovery, steps=2, limit_val_batches=limit, val_check_interval=2)
+    run.fit(module, *([Data()] if with_data else LOADERS))
+    assert recovery.models["float"]["validation"].loss == pytest.approx(loss_by_hand(Classifier(), batches), rel=1e-6)
+    assert recovery.models["qat"]["validation"].loss == pytest.approx(loss_by_hand(module, batches), rel=1e-6)
+    assert recovery.history[0]["qat_loss"] == recovery.models["qat"]["validation"].loss
+
+
+def test_no_validation_while_training_measures_before_and_after_it():
+    recovery = Recovery()
+    trainer(int4(), recovery, limit_val_batches=0, steps=2).fit(Classifier(), Data())
+    assert recovery.models["float"]["validation"].loss == pytest.approx(loss_by_hand(Classifier()), rel=1e-6)
+    assert not recovery.history
+    with pytest.raises(ValueError, match=r"without a val_dataloader \(limit_val_batches=0\) nothing can be measured"):
+        trainer(int4(), Recovery(), limit_val_batches=0).fit(Classifier(), *LOADERS)
+
+
+def test_a_share_that_comes_to_no_batch_is_refused():
+    with pytest.raises(ValueError, match=r"limit_val_batches=0.1 of 5 batches is none"):
+        trainer(int4(), Recovery(), limit_val_batches=0.1).fit(Classifier(), Data())
 
 
 def test_measuring_changes_nothing_in_the_training():

@@ -116,6 +116,8 @@ def test_losses_of_different_documents_cannot_be_paired(tokens):
     c = losses([0, 0], [10, 10])
     with pytest.raises(ValueError, match="they cannot be paired"):
         recovered(losses([9, 9], [10, 10]), b, c)
+    with pytest.raises(ValueError, match="they cannot be paired"):
+        recovered(c, b, c)  # whether or not the gap is resolved
 
 
 def test_documents_without_a_token_do_no_harm():
