@@ -15,7 +15,7 @@ class TrainHistory(L.Callback):
         started: when this session did, by `time.monotonic`.
 
     Attributes:
-        rows: {"step", "loss"} every `log_every_n_steps` steps.
+        rows: {"step", "loss"} every `log_every_n_steps` steps; the mean loss of the step's batches.
         earlier: seconds of the sessions before this one, up to the checkpoint it went on from.
     """
 
@@ -23,6 +23,8 @@ class TrainHistory(L.Callback):
         self.rows: list[dict[str, float]] = []
         self.started, self.earlier = started, 0.0
         self._seen: int | torch.Tensor = 0
+        self._step = 0  # optimizer steps before the batch under way
+        self._losses: list[torch.Tensor] = []  # of the batches of the step under way
 
     @property
     def seconds(self) -> float:
@@ -34,6 +36,11 @@ class TrainHistory(L.Callback):
         """Labels that were trained on, in this process: those of tokens that are not masked, or of images."""
         return int(self._seen)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -41,10 +48,12 @@ class TrainHistory(L.Callback):
         if isinstance(labels, torch.Tensor):
             # -100 is torch's ignore_index.  The sum stays a tensor: to read it would be to wait for the device.
             self._seen = self._seen + (labels != -100).sum()
-        step, last = trainer.global_step, self.rows[-1]["step"] if self.rows else 0
-        # Once a step, whose batches may be several.
-        if step > last and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.rows.append({"step": step, "loss": float(outputs["loss"])})
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning has divided it by them
+        if trainer.global_step == self._step:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.rows.append({"step": trainer.global_step, "loss": float(torch.stack(self._losses).mean())})
+        self._losses = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "seen": self.seen, "seconds": self.seconds}

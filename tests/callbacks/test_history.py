@@ -1,15 +1,18 @@
 """A training's own record of itself."""
 
 import time
+from itertools import islice
 
+import pytest
 import torch
 from digits import Classifier, digits, trainer
+from torch.nn import functional as F
 
 from qat.callbacks.history import TrainHistory
 
 
 class Trainer:
-    global_step, log_every_n_steps = 1, 10
+    global_step, log_every_n_steps, accumulate_grad_batches = 1, 10, 1
 
 
 def seen_after(history: TrainHistory, *labels: torch.Tensor) -> int:
@@ -33,8 +36,29 @@ def test_a_resumed_training_counts_all_its_sessions(monkeypatch):
     assert second.seconds == 110.0
 
 
-def test_a_step_of_several_batches_has_one_row():
+def test_a_step_of_several_batches_has_one_row_with_their_mean_loss():
+    losses = []
+
+    class Noting(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.item())
+            return loss
+
     history = TrainHistory(0.0)
     run = trainer(history, steps=4, accumulate_grad_batches=3, log_every_n_steps=2)
-    run.fit(Classifier(), digits()[0])
+    run.fit(Noting(), digits()[0])
     assert [row["step"] for row in history.rows] == [2, 4]
+    means = [sum(losses[first : first + 3]) / 3 for first in (3, 9)]
+    assert [row["loss"] for row in history.rows] == pytest.approx(means, rel=1e-6)
+
+
+def test_the_last_step_of_an_epoch_may_have_fewer_batches():
+    history = TrainHistory(0.0)
+    run = trainer(history, steps=2, limit_train_batches=4, accumulate_grad_batches=3, log_every_n_steps=1)
+    module = Classifier()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    run.fit(module, digits()[0])
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(module(x), y)) for x, y in islice(digits()[0], 4)]
+    assert [row["loss"] for row in history.rows] == pytest.approx([sum(losses[:3]) / 3, losses[3]], rel=1e-6)
