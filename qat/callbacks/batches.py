@@ -34,10 +34,10 @@ def step_losses(output: Any, batch: Any, batch_idx: int) -> Losses:
     """What a `validation_step` returned, as `Losses`.
 
     A step may return `Losses` (documents are resampled), or a mean loss as a tensor or under the key
-    `loss` (then a batch counts as one document, weighted by its size).
+    `loss` (then a batch counts as one document, weighted by its size: the length of its first tensor).
 
     Raises:
-        ValueError: it returned something else.
+        ValueError: it returned something else, or a mean loss of a batch without a tensor that has a length.
     """
     if isinstance(output, Losses):
         return output
@@ -47,16 +47,26 @@ def step_losses(output: Any, batch: Any, batch_idx: int) -> Losses:
             f"validation_step returned {type(output).__name__}: to measure recovery it must return the batch's mean "
             "loss (a tensor, or a dict with 'loss'), or qat.evaluation.Losses"
         )
-    size = _size(batch)
+    size = next((len(tensor) for _, tensor in tensors(batch) if tensor.ndim), None)
+    if size is None:
+        raise ValueError(
+            "the validation batch holds no tensor whose length could weight its mean loss: return "
+            "qat.evaluation.Losses from validation_step"
+        )
     count = torch.tensor([size])
     nll = (loss.detach().double().cpu() * size).reshape(1)
     return Losses(nll, torch.full((1,), torch.nan, dtype=torch.float64), count, torch.tensor([batch_idx]))
 
 
-def _size(batch: Any) -> int:
-    while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return len(batch)
+def tensors(batch: Any, prefix: str = "batch") -> list[tuple[str, Tensor]]:
+    """The tensors in a batch of any mappings and sequences, in order, each with the expression that reaches it."""
+    if isinstance(batch, Tensor):
+        return [(prefix, batch)]
+    if isinstance(batch, Mapping):
+        return [found for key, value in batch.items() for found in tensors(value, f"{prefix}[{key!r}]")]
+    if isinstance(batch, (list, tuple)):
+        return [found for i, value in enumerate(batch) for found in tensors(value, f"{prefix}[{i}]")]
+    return []
 
 
 def after(owner: Any, name: str, then: Callable[[Any], None]) -> None:

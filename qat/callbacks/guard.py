@@ -3,13 +3,14 @@
 import logging
 import signal
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+
+from qat.callbacks.batches import tensors
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class NaNGuard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        for name, value in _fields(batch):
+        for name, value in tensors(batch):
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(
                     f"batch {batch_idx} (step {trainer.global_step}): field {name} holds NaN or infinite values. The "
@@ -54,16 +55,6 @@ class NaNGuard(L.Callback):
                 f"the gradient of {bad} at step {trainer.global_step} {what}; the weights are those before it. Try a "
                 "lower learning rate, of the weights or of the scales"
             )
-
-
-def _fields(batch: Any, prefix: str = "batch") -> list[tuple[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        return [(prefix, batch)]
-    if isinstance(batch, Mapping):
-        return [f for key, value in batch.items() for f in _fields(value, f"{prefix}[{key!r}]")]
-    if isinstance(batch, (list, tuple)):
-        return [f for i, value in enumerate(batch) for f in _fields(value, f"{prefix}[{i}]")]
-    return []
 
 
 class SafeExit(L.Callback):

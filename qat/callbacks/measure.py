@@ -1,11 +1,12 @@
 """Measure a LightningModule on held-out splits, in float and after post-training quantization."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 
 from qat.calibration import Calibration
 from qat.callbacks.batches import muted, step_losses
@@ -39,7 +40,7 @@ class Measure:
         nothing that is measured around them.
 
         Raises:
-            ValueError: there is no validation loader, or a share of a split comes to no batch.
+            ValueError: a split has no loader or several, or a share of a split comes to no batch.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
@@ -56,6 +57,13 @@ class Measure:
         limit = getattr(self.trainer, name)
         if loader is None:
             raise ValueError(f"without a {split}_dataloader ({name}={limit}) nothing can be measured: give fit one")
+        if isinstance(loader, (list, tuple)) and len(loader) == 1:
+            loader = loader[0]
+        if isinstance(loader, (list, tuple, Mapping, CombinedLoader)):
+            raise ValueError(
+                f"{split}_dataloader gives several loaders, and documents are numbered through one: join their "
+                "datasets (torch.utils.data.ConcatDataset)"
+            )
         if limit == 0 or (limit == 1 and isinstance(limit, float)):  # 1.0 is all, 1 is one
             return loader
         count = limit if isinstance(limit, int) else int(len(loader) * limit)

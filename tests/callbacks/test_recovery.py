@@ -7,10 +7,12 @@ import pytest
 import torch
 from digits import Classifier, digits, int4, trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 
 from qat.calibration import RangeCalibration
 from qat.callbacks import Recovery
+from qat.callbacks.batches import step_losses
 from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
 from qat.callbacks.recovery import Control
 from qat.fake_quantizer import Stage
@@ -74,6 +76,40 @@ def test_no_validation_while_training_measures_before_and_after_it():
 def test_a_share_that_comes_to_no_batch_is_refused():
     with pytest.raises(ValueError, match=r"limit_val_batches=0.1 of 5 batches is none"):
         trainer(int4(), Recovery(), limit_val_batches=0.1).fit(Classifier(), Data())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda loaders: dict(enumerate(loaders)), CombinedLoader])
+def test_several_validation_loaders_are_refused_with_the_remedy(kind):
+    class Several(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().validation_step(batch, batch_idx)
+
+    with pytest.raises(ValueError, match=r"val_dataloader gives several loaders.*ConcatDataset"):
+        trainer(int4(), Recovery(), limit_val_batches=2).fit(Several(), LOADERS[0], kind([LOADERS[1], LOADERS[1]]))
+
+
+def test_a_list_of_one_loader_is_that_loader():
+    recovery = Recovery()
+    trainer(int4(), recovery, steps=1, limit_val_batches=None).fit(Classifier(), LOADERS[0], [LOADERS[1]])
+    assert recovery.models["float"]["validation"].loss == pytest.approx(loss_by_hand(Classifier()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        ({"text": ["a b", "c d"], "input_ids": torch.zeros(2, 4)}, 2),
+        ({"epoch": 7, "x": [torch.tensor(1.0), torch.zeros(3)]}, 3),
+        ([torch.zeros(5, 2), torch.zeros(4)], 5),
+    ],
+)
+def test_a_batch_weighs_what_its_first_tensor_is_long(batch, size):
+    assert step_losses(torch.tensor(2.0), batch, 0).tokens.tolist() == [size]
+
+
+@pytest.mark.parametrize("batch", ["a b", 7, ["a", "b"], {"loss": torch.tensor(1.0)}, []], ids=str)
+def test_a_batch_without_a_size_is_refused(batch):
+    with pytest.raises(ValueError, match=r"holds no tensor whose length.*return qat\.evaluation\.Losses"):
+        step_losses(torch.tensor(1.0), batch, 0)
 
 
 def test_measuring_changes_nothing_in_the_training():
