@@ -163,13 +163,14 @@ class Run:
             half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
             check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
             quantization.calibration.check(quantized)
+            if not self._post_training:
+                quantization.check_schedule(self.cfg.trainer.max_steps)
             trainable.check(quantized, chosen, quantization)
             instantiate(self.cfg.callbacks.nested).check(chosen)
             instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
         elif not trainable.weights_learn:
             raise ValueError("quant=none trains no adapter (peft does, of a float model) and no scale: trainable=all")
-        start = self.cfg.callbacks.quantization.start_step
-        instantiate(self.cfg.objective).check(task, start, self.schemes.quantizes)
+        instantiate(self.cfg.objective).check(task, self.cfg.callbacks.quantization.start_step, self.schemes.quantizes)
         check_positions(model, self.data.seq_len, "data.seq_len")
         self.digest, self.architecture = weights_digest(task), model.config.to_dict()
         check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)

@@ -447,6 +447,11 @@ BAD = {
         "damping and freezing move weights, and under LoRA",
     ),
     "scales that freeze while nothing else learns": (["trainable=scales"], "callbacks.quantization.freeze_share=0"),
+    "a start after the last step": (["callbacks.quantization.start_step=8"], "start_step=8 leaves no step that trains"),
+    "a start in the frozen share": (
+        ["callbacks.quantization.start_step=4", "callbacks.quantization.freeze_share=0.5"],
+        "of 8 steps the first 4 come before the scales freeze (freeze_share=0.5)",
+    ),
     "scales only, from a float start": ([*SCALES, "callbacks.quantization.start_step=2"], "quantization.start_step=0"),
     "scales only, of an estimator that learns none": ([*SCALES, "estimator=ste"], "use estimator=lsq or lsq_log"),
     "scales only, nothing quantized": ([*SCALES, "quant=none"], "quant=none trains no adapter"),

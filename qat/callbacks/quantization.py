@@ -43,7 +43,7 @@ class QuantizationAwareTraining(L.Callback):
         input_estimator: that of activations, where it differs (PACT).
         scale_lr: learning rate of the scales; by default 1e-4, or 5e-3 where the estimator learns log2 of them.
         scale_decay: weight decay of the scales; PACT's regularizer.
-        start_step: optimizer steps in float before quantization starts.
+        start_step: optimizer steps in float before quantization starts; those of all optimizers, where several are.
         freeze_share: share of the steps, at the end, in which the scales no longer move.
         submodule: dotted name of the part of the LightningModule to quantize; patterns match names
             inside it.  Empty: all of it.
@@ -137,6 +137,12 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handles = [h for optimizer in trainer.optimizers for h in scale_steps(optimizer, pl_module)]
+        if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
+            raise ValueError(
+                f"{len(trainer.optimizers)} optimizers share trainer.global_step, so epochs do not say at which step "
+                "training ends: give the trainer max_steps, which counts the steps of all, and no max_epochs"
+            )
+        self.check_schedule(trainer.estimated_stepping_batches)
         if math.isinf(trainer.estimated_stepping_batches) and self.estimator.at(1.0) != self.estimator:
             raise ValueError(f"{self.estimator} changes until training ends: tell the trainer when, by max_steps")
 
@@ -144,8 +150,23 @@ class QuantizationAwareTraining(L.Callback):
         """The stage of a run of `total` optimizer steps before step `step` (from 0)."""
         if step < self.start_step:
             return Stage.FLOAT
-        freeze = math.inf if math.isinf(total) else math.ceil(total * (1 - self.freeze_share))
-        return Stage.FROZEN if self.freeze_share and step >= freeze else Stage.TRAIN
+        return Stage.FROZEN if self.freeze_share and step >= self._freeze(total) else Stage.TRAIN
+
+    def _freeze(self, total: float) -> float:
+        return math.inf if math.isinf(total) else math.ceil(total * (1 - self.freeze_share))
+
+    def check_schedule(self, total: float) -> None:
+        """Refuse a run of `total` optimizer steps of which none trains through the quantizers.
+
+        Raises:
+            ValueError: `start_step` is not before the step at which the scales freeze, or training ends.
+        """
+        if self.start_step >= self._freeze(total):
+            raise ValueError(
+                f"start_step={self.start_step} leaves no step that trains through the quantizers: of {total} steps the "
+                f"first {self._freeze(total)} come before the scales freeze (freeze_share={self.freeze_share:g}). "
+                "Start earlier, freeze less, or train longer"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

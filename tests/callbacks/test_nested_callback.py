@@ -87,10 +87,9 @@ def test_a_width_of_weight_zero_costs_no_forward():
     assert calls == [8, 2, 8, 2]
 
 
-def test_until_quantization_starts_a_step_is_the_modules_own():
-    assert_same_weights(
-        fitted(quantization(start_step=3), Nested(WEIGHTS), steps=3), fitted(quantization(start_step=3), steps=3)
-    )
+def test_until_quantization_starts_a_step_is_the_modules_own(tmp_path):
+    stop, late = StopAt(3, tmp_path / "x.ckpt"), quantization(start_step=3)
+    assert_same_weights(fitted(late, Nested(WEIGHTS), stop), fitted(late, stop))
 
 
 class Alive(L.Callback):

@@ -109,12 +109,58 @@ def test_the_schedule_is_float_then_train_then_frozen():
     assert not torch.equal(watch.scales[3], watch.scales[8])
 
 
-def test_until_the_start_step_training_is_bit_identical_to_plain_training():
+def test_until_the_start_step_training_is_bit_identical_to_plain_training(tmp_path):
     quantized, plain = Classifier(), Classifier()
-    fit(quantized, int4(start_step=6), steps=6)
+    trainer(int4(start_step=6), StopAt(6, tmp_path / "x.ckpt")).fit(quantized, digits()[0])
     trainer(steps=6).fit(plain, digits()[0])
     for name, value in plain.state_dict().items():
         assert torch.equal(quantized.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"start_step": 10},
+        {"start_step": 9},
+        {"start_step": 5, "freeze_share": 0.5},
+        {"start_step": 10, "freeze_share": 0},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_trains_nothing_through_the_quantizers_is_refused_before_the_first_step(schedule):
+    module = Classifier()
+    with pytest.raises(ValueError, match=rf"start_step={schedule['start_step']} leaves no step that trains through"):
+        fit(module, int4(**schedule), steps=10)
+    assert module.trainer.global_step == 0
+
+
+def test_one_step_through_the_quantizers_is_a_schedule():
+    watch, _ = fit(Classifier(), int4(start_step=8), steps=10)
+    assert watch.stages == [Stage.FLOAT] * 8 + [Stage.TRAIN, Stage.FROZEN]
+
+
+class Halves(Classifier):
+    """Two optimizers, each of half of the network, step once a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(half.parameters(), lr=1e-2) for half in (self.network[:2], self.network[2:])]
+
+
+def test_steps_of_several_optimizers_are_counted_together_and_not_by_epochs():
+    watch, _ = fit(Halves(), int4(start_step=8, freeze_share=0.25), steps=24)
+    assert watch.stages == [Stage.FLOAT] * 4 + [Stage.TRAIN] * 5 + [Stage.FROZEN] * 3
+    with pytest.raises(ValueError, match="2 optimizers share trainer.global_step.*give the trainer max_steps"):
+        fit(Halves(), int4(), steps=-1, max_epochs=1)
 
 
 def test_quantization_starts_from_the_weights_of_that_step():
