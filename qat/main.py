@@ -1,5 +1,6 @@
 """The Hydra main: refuse a wrong command line, compose a config, run the stages of `qat.stages`."""
 
+import logging
 import os
 import sys
 from itertools import pairwise
@@ -9,14 +10,18 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qat.config import CONF, check_overrides, register_recipes
+
+log = logging.getLogger("qat")
 
 # Of Hydra's options: those that only show something, those that bring configs of the user's, and all that take a value.
 _SHOWN = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--cfg", "-c", "--info", "-i"}
 _ELSEWHERE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"}
 _VALUED = {*_ELSEWHERE, "--package", "-p", "--experimental-rerun", "--cfg", "-c"}
+_failed: list[str] = []  # jobs of the sweep under way, each with its error
 
 
 def main() -> None:
@@ -32,7 +37,13 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are caught in _job; the rest are bugs and need their trace
-    _hydra_main()
+    _failed.clear()
+    try:
+        _hydra_main()
+    except Exception:
+        if not _failed:
+            raise
+        sys.exit(f"error: {len(_failed)} of the sweep's jobs failed:\n  " + "\n  ".join(_failed))
 
 
 def _check_folder(words: list[str]) -> None:
@@ -57,13 +68,21 @@ def _holds_a_run(folder: Path) -> bool:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
+    now = HydraConfig.get()
     try:
-        run(cfg, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, OSError, InstantiationException) as error:
+        run(cfg, Path(now.runtime.output_dir))
+        return
+    except Exception as error:
+        ours = isinstance(error, (ValueError, OSError, InstantiationException)) and not os.environ.get("QAT_TRACEBACK")
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        if os.environ.get("QAT_TRACEBACK"):
+        if now.mode != RunMode.MULTIRUN:
+            if ours:
+                sys.exit(f"error: {cause}")
             raise
-        sys.exit(f"error: {cause}")
+        log.error("error: %s", cause, exc_info=not ours)
+        _failed.append(f"{now.runtime.output_dir}: {cause if ours else repr(cause)}")
+    # Hydra runs the later jobs, then raises the first job's error: one without the frames that hold a model.
+    raise RuntimeError(_failed[-1])
 
 
 def run(cfg: DictConfig, out: Path) -> dict[str, Any]:

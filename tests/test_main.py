@@ -95,6 +95,39 @@ def test_a_sweep_trains_the_control_once_for_each_seed(job, monkeypatch, tmp_pat
         assert summary["packed_loss"] == pytest.approx(summary["qat_loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("error", [ValueError("bad"), TypeError("bug")], ids=str)
+def test_a_failed_job_of_a_sweep_stops_no_later_one_and_is_named_at_the_end(error, job, monkeypatch, tmp_path):
+    def run(cfg, out):
+        seeds.append(cfg.seed)
+        if cfg.seed in (0, 2):
+            raise error
+
+    seeds: list[int] = []
+    monkeypatch.setattr("qat.main.run", run)
+    sweep = ["-m", *job[1], "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path}/sweep"]
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, *sweep)
+    assert seeds == [0, 1, 2, 3]
+    first, *named = str(stopped.value.code).splitlines()
+    assert first == "error: 2 of the sweep's jobs failed:"
+    what = "bad" if isinstance(error, ValueError) else "TypeError('bug')"
+    assert named == [f"  {tmp_path}/sweep/{n}: {what}" for n in (0, 2)]
+    assert ("Traceback" in next((tmp_path / "sweep" / "2").glob("*.log")).read_text()) == isinstance(error, TypeError)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])  # Lightning makes the latter of the former
+def test_ctrl_c_stops_a_sweep(ending, job, monkeypatch, tmp_path):
+    def run(cfg, out):
+        seeds.append(cfg.seed)
+        raise ending
+
+    seeds: list[int] = []
+    monkeypatch.setattr("qat.main.run", run)
+    with pytest.raises(ending):
+        train(monkeypatch, "-m", *job[1], "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert seeds == [0]
+
+
 def test_beside_a_mixture_the_control_has_the_teacher_too(job, monkeypatch, tmp_path):
     _, words = job
     words = [*(w for w in words if not w.startswith("control_dir")), f"control_dir={tmp_path}/controls"]

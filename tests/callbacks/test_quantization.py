@@ -159,7 +159,7 @@ class Halves(Classifier):
 def test_steps_of_several_optimizers_are_counted_together_and_not_by_epochs():
     watch, _ = fit(Halves(), int4(start_step=8, freeze_share=0.25), steps=24)
     assert watch.stages == [Stage.FLOAT] * 4 + [Stage.TRAIN] * 5 + [Stage.FROZEN] * 3
-    with pytest.raises(ValueError, match="2 optimizers share trainer.global_step.*give the trainer max_steps"):
+    with pytest.raises(ValueError, match=r"2 optimizers share trainer\.global_step.*give the trainer max_steps"):
         fit(Halves(), int4(), steps=-1, max_epochs=1)
 
 
