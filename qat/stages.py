@@ -47,7 +47,7 @@ from qat.resume import check_resume
 from qat.scheme import SchemeMap
 from qat.structure import untie
 from qat.tasks.models import check_positions
-from qat.trainer import build_trainer, resume_command
+from qat.trainer import build_trainer, check_devices, resume_command
 
 log = logging.getLogger("qat")
 
@@ -70,10 +70,10 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Every stage; returns the summary."""
-        out = self.out
-        out.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         torch.set_flush_denormal(True)
         quiet()
+        check_devices(self.cfg.trainer)
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
             self.schemes = self._schemes()
@@ -378,7 +378,7 @@ class Run:
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
             "objective": choices["objective"],
             "steps": self.trainer.global_step,
-            "tokens": self.history.seen * self.trainer.world_size,
+            "tokens": self.history.seen,
             "export_dir": str(self.exported_to),
             "seconds": round(self.history.seconds, 1),
             "stages": self.stages,

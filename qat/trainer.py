@@ -41,6 +41,21 @@ def build_trainer(
     return build(callbacks=[*callbacks, *guards], default_root_dir=str(out), **settings)
 
 
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse settings of `lightning.Trainer` that would start several processes.
+
+    Raises:
+        ValueError: names them, and what to do instead.
+    """
+    built = instantiate(trainer, logger=False, enable_checkpointing=False)
+    processes = built.num_devices * built.num_nodes
+    if processes > 1:
+        raise ValueError(
+            f"trainer.devices={trainer.devices} comes to {processes} processes, and a run is one: use "
+            "trainer.devices=1, and trainer.accumulate_grad_batches for larger batches"
+        )
+
+
 def resume_command(out: Path) -> str:
     """What goes on with the run in `out`, for a shell."""
     words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]

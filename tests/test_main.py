@@ -485,6 +485,10 @@ BAD = {
         ["callbacks.quantization.start_step=4", "callbacks.quantization.freeze_share=0.5"],
         "of 8 steps the first 4 come before the scales freeze (freeze_share=0.5)",
     ),
+    "several devices, before the model is looked for": (
+        ["trainer.accelerator=cpu", "trainer.devices=2", "model.name=./nowhere"],
+        "trainer.devices=2 comes to 2 processes, and a run is one: use trainer.devices=1",
+    ),
     "scales only, from a float start": ([*SCALES, "callbacks.quantization.start_step=2"], "quantization.start_step=0"),
     "scales only, of an estimator that learns none": ([*SCALES, "estimator=ste"], "use estimator=lsq or lsq_log"),
     "scales only, nothing quantized": ([*SCALES, "quant=none"], "quant=none trains no adapter"),

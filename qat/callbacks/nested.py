@@ -68,8 +68,6 @@ class Nested(L.Callback):
                 f"{type(pl_module).__name__} optimizes manually, and nested widths are trained by going backward once "
                 "for each: do so in training_step, within qat.at_width(model, bits)"
             )
-        if trainer.world_size > 1:
-            raise ValueError("nested widths go backward several times a step, on one device only: trainer.devices=1")
         self._wrap(trainer, pl_module)
 
     def _wrap(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -34,7 +34,7 @@ class QuantizationAwareTraining(L.Callback):
     """Trains a LightningModule through fake quantizers.
 
     Inserts in `setup` where the model exists by then, after `configure_model` where that builds it, or
-    adopts a model into which `configure_model` inserted by itself (`qat.insert`), as sharding needs.
+    adopts a model into which `configure_model` inserted by itself (`qat.insert`).  Trains in one process only.
 
     Args:
         schemes: which layers are quantized, and how.
@@ -91,6 +91,11 @@ class QuantizationAwareTraining(L.Callback):
     # -- insertion ----------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.world_size > 1:
+            raise ValueError(
+                f"the trainer has {trainer.world_size} processes, and quantization is trained in one: DDP breaks where "
+                "scales start late or freeze. Use devices=1, and accumulate_grad_batches for larger batches"
+            )
         built_later = type(pl_module).configure_model is not L.LightningModule.configure_model
         if any(isinstance(m, nn.Linear) for m in pl_module.modules()) or not built_later:
             self._insert(pl_module)

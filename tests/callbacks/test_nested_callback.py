@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -225,10 +224,6 @@ def test_a_negative_weight_is_refused():
 def test_what_cannot_go_backward_more_than_once_is_refused():
     with pytest.raises(ValueError, match="optimizes manually"):
         fitted(quantization(), Nested(), module=ByHand())
-    module = fitted(quantization(), steps=1)
-    several = SimpleNamespace(world_size=2, callbacks=[quantization()])
-    with pytest.raises(ValueError, match=r"trainer\.devices=1"):
-        Nested().on_fit_start(several, module)
 
 
 def test_a_scheme_that_nests_nothing_is_trained_as_ever():

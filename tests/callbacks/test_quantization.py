@@ -1,5 +1,7 @@
 """The callback on somebody else's module: inserted, scheduled, with its own learning rate, resumable to the bit."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -311,6 +313,15 @@ def test_the_module_gets_its_methods_back():
     module = LateClassifier()
     fit(module, int4())
     assert "configure_optimizers" not in vars(module) and "configure_model" not in vars(module)
+
+
+def test_training_in_several_processes_is_refused_and_validation_is_not():
+    module, several = Classifier(), SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match=r"the trainer has 2 processes.* Use devices=1, and accumulate_grad_batches"):
+        int4().setup(several, module, "fit")
+    assert not layers(module)
+    int4().setup(several, module, "validate")
+    assert layers(module)
 
 
 def test_a_bad_freeze_share_is_refused():
