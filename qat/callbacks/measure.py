@@ -66,7 +66,7 @@ class Measure:
         return found
 
     def _losses(self, module: Any, numbered: tuple[int, Any]) -> Any:
-        index, batch = numbered
+        index, batch = numbered[0], self.trainer.precision_plugin.convert_input(numbered[1])
         with muted(module):
             return step_losses(module.validation_step(batch, index), batch, index)
 

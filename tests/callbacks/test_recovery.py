@@ -10,11 +10,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from qat.calibration import RangeCalibration
-from qat.callbacks import Recovery
+from qat.callbacks import QuantizationAwareTraining, Recovery
 from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
 from qat.callbacks.recovery import Control
 from qat.fake_quantizer import Stage
 from qat.insertion import insert, set_stage
+from qat.scheme import QuantSpec, uniform
 
 LOADERS = digits()
 
@@ -138,3 +139,11 @@ def test_a_weights_digest_sees_one_changed_bit():
     with torch.no_grad():
         other.network[0].weight[0, 0] = torch.nextafter(other.network[0].weight[0, 0], torch.tensor(1.0))
     assert weights_digest(module) != weights_digest(other)
+
+
+def test_a_model_all_in_bfloat16_is_measured_and_calibrated_on_images_that_are_not():
+    schemes = uniform(QuantSpec(bits=8, granularity="channel"), QuantSpec(bits=8, granularity="tensor"))
+    quantization = QuantizationAwareTraining(schemes, submodule="network", calibration_loader=LOADERS[0])
+    recovery = Recovery()
+    trainer(quantization, recovery, precision="bf16-true", limit_val_batches=None).fit(Classifier(), *LOADERS)
+    assert recovery.models["qat"]["validation"].loss < recovery.models["float"]["validation"].loss
