@@ -133,6 +133,7 @@ LEVERS = {
     "480 steps of 16 windows": Lever(steps=480, batch=16),
     "16 windows a step": Lever(batch=16),
 }
+COLUMNS = ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB")
 CONTROL_GRID = (1e-5, 3e-5, 1e-4)
 
 
@@ -381,6 +382,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--blocks", type=Path, default=Path("outputs/methods"), help="keeps what is calibrated")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     arguments = parser.parse_args()
     peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
     for missing in [m for m in peers if importlib.util.find_spec(m) is None]:
@@ -389,15 +391,22 @@ def main() -> None:
     console = Console(width=160)
     runs = Runs(arguments.json, arguments.blocks, arguments.threads, console)
     for kind, scheme in itertools.product(arguments.models, arguments.schemes):
-        title = f"{kind}, {scheme}: test loss above the control's, millinats per token; seeds {arguments.seeds}"
-        table = Table(title=title)
-        for column in ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB"):
-            table.add_column(column, justify="left" if column == "lever" else "right")
+        rows = []
         for name in arguments.levers:
             weight, inputs = SCHEMES[scheme]
             if ("rotation" in name and inputs is None) or (name.startswith("2 bits") and weight.bits != 2):
                 continue  # rotation serves activations
-            table.add_row(*row(name, runs, kind, scheme, arguments.seeds))
+            rows.append(row(name, runs, kind, scheme, arguments.seeds))
+        title = f"{kind}, {scheme}: test loss above the control's, millinats per token; seeds {arguments.seeds}"
+        if arguments.markdown:
+            lines = [[scheme if kind == "plain" else f"{scheme}, {kind}", *COLUMNS[1:]], ["---"] * len(COLUMNS), *rows]
+            print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            continue
+        table = Table(title=title)
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "lever" else "right")
+        for line in rows:
+            table.add_row(*line)
         console.print(table)
 
 
