@@ -29,7 +29,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -349,21 +349,72 @@ def losses(run: dict[str, Any], split: str = "test") -> DocumentLosses:
     return DocumentLosses(**{k: np.asarray(v) for k, v in run["losses"][split].items()})
 
 
-def row(name: str, runs: Runs, kind: str, scheme: str, seeds: list[int]) -> list[str]:
-    """One line of the table: means over seeds; intervals over documents, of all seeds together."""
+@dataclass(frozen=True)
+class Row:
+    """Of the table: means over seeds, with intervals over documents, of all seeds together."""
+
+    lever: str
+    lr: str = ""
+    above_control: str = ""
+    recovery: str = ""
+    above_default: str = ""
+    seconds: str = ""
+    memory_mb: str = ""
+
+
+def rows(names: list[str], runs: Runs, kind: str, scheme: str, seeds: list[int]) -> list[Row]:
+    """PTQ of the default's control, and then every lever."""
     first = seeds[0]
-    lr = runs.best_rate(kind, scheme, name, first)
-    default = runs.best_rate(kind, scheme, "default", first)
-    own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
-    here = pooled(losses(r) for r in own)
-    best = pooled(losses(runs.control(kind, name, None, s, first)) for s in seeds)
-    worst = pooled(losses(runs.control(kind, name, scheme, s, first)) for s in seeds)
-    against = pooled(losses(runs.lever(kind, scheme, "default", default, s)) for s in seeds)
-    share, gap = recovered(worst, here, best), difference(here, against)
-    cells = [name, f"{lr:g}", f"{1e3 * difference(here, best).value:+.1f}"]
-    cells.append(share.reason or f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
-    cells.append("" if name == "default" else f"{1e3 * gap.value:+.1f} [{1e3 * gap.low:+.1f}, {1e3 * gap.high:+.1f}]")
-    return [*cells, f"{np.mean([r['seconds'] for r in own]):.0f}", f"{np.mean([r['memory_mb'] for r in own]):.0f}"]
+    rate = runs.best_rate(kind, scheme, "default", first)
+    default = pooled(losses(runs.lever(kind, scheme, "default", rate, s)) for s in seeds)
+    found = []
+    for name in names:
+        lr = runs.best_rate(kind, scheme, name, first)
+        own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
+        here = pooled(losses(r) for r in own)
+        best = pooled(losses(runs.control(kind, name, None, s, first)) for s in seeds)
+        worst = pooled(losses(runs.control(kind, name, scheme, s, first)) for s in seeds)
+        if not found:
+            by = "/".join(sorted({runs.control(kind, name, scheme, s, first)["calibration"] for s in seeds}))
+            above = f"{1e3 * difference(worst, best).value:+.1f}"
+            found.append(Row(f"PTQ(control), by {by}", above_control=above, above_default=millinats(worst, default)))
+        share = recovered(worst, here, best)
+        found.append(
+            Row(
+                name,
+                f"{lr:.0e}".replace("e-0", "e-"),
+                f"{1e3 * difference(here, best).value:+.1f}",
+                share.reason or f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]",
+                "" if name == "default" else millinats(here, default),
+                f"{np.mean([r['seconds'] for r in own]):.0f}",
+                f"{np.mean([r['memory_mb'] for r in own]):.0f}",
+            )
+        )
+    return found
+
+
+def millinats(one: DocumentLosses, other: DocumentLosses) -> str:
+    gap = difference(one, other)
+    return f"{1e3 * gap.value:+.1f} [{1e3 * gap.low:+.1f}, {1e3 * gap.high:+.1f}]"
+
+
+def markdown(tables: dict[str, list[Row]]) -> str:
+    """One table of all schemes: what the default reaches, and how far from it the others end."""
+    by_name: dict[str, dict[str, Row]] = {}
+    for title, table in tables.items():
+        for line in table:
+            by_name.setdefault(line.lever.split(",", 1)[0] if "PTQ" in line.lever else line.lever, {})[title] = line
+    lines = [["", *tables], ["---"] * (len(tables) + 1)]
+    for name, found in by_name.items():
+        cells = [found.get(title) for title in tables]
+        if name == "default":
+            lines.append(["default, above the control", *(c.above_control if c else "" for c in cells)])
+            lines.append(["default, recovery over control", *(c.recovery if c else "" for c in cells)])
+            lines.append(["default, rate", *(c.lr if c else "" for c in cells)])
+            continue
+        at = [f"{c.above_default}{f' at {c.lr}' if LEVERS[name].grid else ''}" if c and c.lr else "" for c in cells]
+        lines.append([name, *(c.above_default if c and not c.lr else a for c, a in zip(cells, at, strict=True))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def pooled(found: Iterable[DocumentLosses]) -> DocumentLosses:
@@ -381,6 +432,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--blocks", type=Path, default=Path("outputs/methods"), help="keeps what is calibrated")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--markdown", action="store_true", help="print all schemes as one table in Markdown, too")
     arguments = parser.parse_args()
     peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
     for missing in [m for m in peers if importlib.util.find_spec(m) is None]:
@@ -388,17 +440,26 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
     console = Console(width=160)
     runs = Runs(arguments.json, arguments.blocks, arguments.threads, console)
+    tables = {}
     for kind, scheme in itertools.product(arguments.models, arguments.schemes):
+        weight, inputs = SCHEMES[scheme]
+        names = [
+            name
+            for name in arguments.levers
+            # Rotation serves activations.
+            if not ("rotation" in name and inputs is None) and not (name.startswith("2 bits") and weight.bits != 2)
+        ]
+        found = rows(names, runs, kind, scheme, arguments.seeds)
+        tables[scheme if kind == "plain" else f"{scheme}, {kind}"] = found
         title = f"{kind}, {scheme}: test loss above the control's, millinats per token; seeds {arguments.seeds}"
         table = Table(title=title)
         for column in ("lever", "lr", "above control", "recovery over control", "above default", "s", "MB"):
             table.add_column(column, justify="left" if column == "lever" else "right")
-        for name in arguments.levers:
-            weight, inputs = SCHEMES[scheme]
-            if ("rotation" in name and inputs is None) or (name.startswith("2 bits") and weight.bits != 2):
-                continue  # rotation serves activations
-            table.add_row(*row(name, runs, kind, scheme, arguments.seeds))
+        for line in found:
+            table.add_row(*astuple(line))
         console.print(table)
+    if arguments.markdown:
+        print(markdown(tables))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ With v = x / s, inside = (qmin <= v <= qmax), code = clamp(round(v)) and g the g
     LSQ+ (arXiv 2004.09576), v = (x - offset) / s:  LSQ, and
         d offset = scale_gradient * sum of g outside
 
-A value exactly on the outermost code is inside, as in 2203.11086; the papers of LSQ and PACT count it as clipped.  GPTQ
-leaves many weights exactly there, and no gradient would reach them.
+A value on the outermost code, up to rounding in its dtype, is inside, as in 2203.11086; the papers of LSQ and PACT
+count it as clipped.  GPTQ leaves many weights there, a dynamic scale the largest value of each token, and no gradient
+would reach them.
 
 Where codes are the high bits of wider ones (`QuantSpec.at`), s is step times the stored scale: dx is that of an
 ordinary quantizer of this width, straight through both roundings, and that of the stored scale is step * ds.
@@ -77,13 +78,16 @@ class Estimator(Protocol):
 
 
 def inside_range(x: Tensor, scale: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
-    """Whether x / scale lies in [qmin, qmax], or at most `margin` beyond; bool, x's shape."""
+    """Whether x / scale lies in [qmin, qmax] up to rounding in x's dtype, or at most `margin` beyond; x's shape."""
     view, divisor = grouped(x.float(), scale)
-    return _inside(view / divisor, spec, margin).flatten(-2)
+    return _inside(view / divisor, spec, x.dtype, margin).flatten(-2)
 
 
-def _inside(ratio: Tensor, spec: QuantSpec, margin: float = 0.0) -> Tensor:
-    return (ratio >= spec.qmin - margin) & (ratio <= spec.qmax + margin)
+def _inside(ratio: Tensor, spec: QuantSpec, dtype: torch.dtype, margin: float = 0.0) -> Tensor:
+    # What was written as code * scale in `dtype`, or what a dynamic scale was made for, is divided back to its code
+    # only up to rounding.
+    slack = 1 + torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps
+    return (ratio >= spec.qmin * slack - margin) & (ratio <= spec.qmax * slack + margin)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class LSQ(Estimator):
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
         codes = round_clamp(ratio.clone(), spec)
-        slope = self._slope(ratio, _inside(ratio, spec, self.margin(spec)))
+        slope = self._slope(ratio, _inside(ratio, spec, x.dtype, self.margin(spec)))
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * slope).flatten(-2).to(grad.dtype)
         if not needs_scale:
@@ -312,7 +316,7 @@ class PACT(Estimator):
     ) -> tuple[Tensor, Tensor | None]:
         view, divisor = grouped(x.float(), scale)
         ratio = view / divisor
-        inside = _inside(ratio, spec)
+        inside = _inside(ratio, spec, x.dtype)
         grad_view = grad.float().unflatten(-1, view.shape[-2:])
         grad_x = (grad_view * inside).flatten(-2).to(grad.dtype)
         if not needs_scale:

@@ -11,7 +11,15 @@ from qat.estimators import LSQ, Estimator
 from qat.fake_quantizer import FakeQuantizer, Stage
 from qat.nn import LAYERS, FakeQuantLayer
 from qat.scheme import QuantScheme, QuantSpec, SchemeMap, matches
-from qat.structure import fold_batch_norms, fused, fused_experts, keep_frequencies, owners, unfuse_experts
+from qat.structure import (
+    expert_layers,
+    fold_batch_norms,
+    fused,
+    keep_frequencies,
+    owners,
+    take_slow_paths,
+    unfuse_experts,
+)
 
 
 def layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
@@ -75,7 +83,8 @@ def prepare(model: nn.Module, schemes: SchemeMap) -> None:
         ValueError: experts that `schemes` quantizes are of a form that has no such layers.
     """
     keep_frequencies(model)
-    unfuse_experts(model, lambda name: _quantizes_experts(schemes, name))
+    experts = expert_layers(model)
+    unfuse_experts(model, lambda name: any(schemes.scheme_of(layer) for layer in experts[name]))
     fold_batch_norms(model, lambda name: "conv" in schemes.kinds and schemes.scheme_of(name) is not None)
 
 
@@ -92,11 +101,11 @@ def plan(
     problems = [
         f"{name}: its experts share one parameter; give them layers of their own first with "
         "qat.unfuse_experts(model), or leave them in float (a rule with null)"
-        for name in fused_experts(model)
-        if _quantizes_experts(schemes, name)
+        for name, experts in expert_layers(model).items()
+        if any(schemes.scheme_of(layer) for layer in experts)
     ]
     known = [name for name, module in model.named_modules() if type(module) in LAYERS]
-    known += fused_experts(model)
+    known += [name for fused, experts in expert_layers(model).items() for name in (fused, *experts)]
     for pattern in schemes.rules:
         if pattern != "*" and not any(matches(pattern, name) for name in known):
             problems.append(f"{pattern!r} matches no layer: they are called {', '.join(known[:4])}, ...")
@@ -192,6 +201,7 @@ def insert(
     estimator = estimator if estimator is not None else LSQ()
     tables: dict[int, FakeQuantizer] = {}
     chosen = plan(model, schemes, estimator, input_estimator)
+    take_slow_paths(model, chosen)
     leaders = {name: group[0] for group in fused(chosen) for name in group}
     for name, scheme in chosen.items():
         module = model.get_submodule(name)
@@ -214,7 +224,3 @@ def remove(model: nn.Module) -> None:
     release_key_values(model)
     for layer in [module for module in model.modules() if isinstance(module, FakeQuantLayer)]:
         layer.release()
-
-
-def _quantizes_experts(schemes: SchemeMap, name: str) -> bool:
-    return schemes.scheme_of(f"{name}.0.up_proj") is not None

@@ -1,16 +1,19 @@
 """Changes of a model's structure that keep its function, made before insertion so that weights can be quantized."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers.integrations.moe import _default_apply_gate
 
 from qat.fake_quantizer import real_tokens, token_mask
+
+log = logging.getLogger(__name__)
 
 # What checkpoints call an expert's gate, up and down projections.
 _PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
@@ -80,6 +83,13 @@ def fused_experts(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)}
 
 
+def expert_layers(model: nn.Module) -> dict[str, list[str]]:
+    """The linear layers that `unfuse_experts` would make, by dotted name, of each module that it would replace."""
+    names = _PROJECTIONS.get(_kind(model), _USUAL_PROJECTIONS)
+    counts = {name: len(module.down_proj) for name, module in fused_experts(model).items()}
+    return {name: [f"{name}.{i}.{leaf}" for i in range(count) for leaf in names] for name, count in counts.items()}
+
+
 def unfuse_experts(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
     """Give every expert linear layers of its own, which can be quantized; parameters are renamed, not copied.
 
@@ -97,30 +107,78 @@ def unfuse_experts(model: nn.Module, where: Callable[[str], bool] = lambda name:
             raise ValueError(
                 f"{name}: experts of {type(module).__name__} are not down(act(gate(x)) * up(x)): leave them in float"
             )
-    kind = getattr(getattr(model, "config", None), "model_type", "")
     for name, module in found.items():
-        model.set_submodule(name, LinearExperts(module, _PROJECTIONS.get(kind, _USUAL_PROJECTIONS)))
+        model.set_submodule(name, LinearExperts(module, _PROJECTIONS.get(_kind(model), _USUAL_PROJECTIONS)))
+
+
+def _kind(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def fold_batch_norms(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
     """Move the batch norm behind a convolution into it: y = gamma (W x + b - mean) / sqrt(var + eps) + beta.
 
-    A norm is behind a convolution that its parent module registers directly before it, with as many channels. In
-    evaluation mode the function stays, but for rounding (1e-5 of its size in float32); training goes on without batch
-    statistics.
+    A norm is behind a convolution where the forward of the module that has both gives it the convolution's output, and
+    nothing else.  In evaluation mode the function stays, but for rounding (1e-5 of its size in float32); training goes
+    on without batch statistics.
 
     Args:
-        model: any module.
+        model: any module; a forward that cannot be traced keeps its norms, which a warning says.
         where: by the dotted name of a convolution, whether to fold into it; all by default.
     """
     for parent_name, parent in list(model.named_modules()):
-        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            behind = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-            if not behind or conv.out_channels != norm.num_features or not where(f"{parent_name}.{name}".lstrip(".")):
+        children = dict(parent.named_children())
+        convolutions = [name for name, child in children.items() if isinstance(child, nn.Conv2d)]
+        if not any(isinstance(child, nn.BatchNorm2d) for child in children.values()):
+            continue
+        if not any(where(f"{parent_name}.{name}".lstrip(".")) for name in convolutions):
+            continue
+        for name, norm_name in _norms_behind(parent_name, parent):
+            conv: Any = children[name]
+            norm: Any = children[norm_name]
+            if not norm.track_running_stats or not where(f"{parent_name}.{name}".lstrip(".")):
                 continue
             statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
             setattr(parent, norm_name, nn.Identity())
+
+
+class _Children(fx.Tracer):
+    """Sees a module's own forward alone: what its children compute is one call each."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _norms_behind(name: str, module: nn.Module) -> list[tuple[str, str]]:
+    """The children of `module`, by name, that are (a convolution, the batch norm alone that takes its output)."""
+    try:
+        calls = [node for node in _Children().trace(module).nodes if node.op == "call_module"]
+    except Exception as error:  # whatever a forward may do with what has no values yet
+        log.warning("%s: batch norms stay, where their inputs come from cannot be traced: %s", name or "model", error)
+        return []
+    times = Counter(node.target for node in calls)
+    found = []
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        kinds = [type(module.get_submodule(str(n.target))) for n in (source, node)]
+        alone = len(source.users) == times[source.target] == times[node.target] == 1
+        if alone and issubclass(kinds[0], nn.Conv2d) and issubclass(kinds[1], nn.BatchNorm2d):
+            found.append((str(source.target), str(node.target)))
+    return found
+
+
+def take_slow_paths(model: nn.Module, names: Iterable[str]) -> None:
+    """Let torch's transformer encoders call their layers: in evaluation they read the weights of `names` past them."""
+    owners = {name.rpartition(".")[0] for name in names}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and name in owners:
+            module.activation_relu_or_gelu = 0  # what its forward asks for before it takes the other path
+        inside = (owner for owner in owners if owner.startswith(f"{name}.layers."))
+        if isinstance(module, nn.TransformerEncoder) and any(inside):
+            module.use_nested_tensor = False
 
 
 def keep_frequencies(model: nn.Module) -> None:

@@ -121,7 +121,8 @@ def test_a_channels_last_convolution_is_written_through_its_matrix():
     assert not layer.weight.any()
 
 
-def test_an_export_leaves_the_statistics_of_float_batch_norms_as_they_were_measured(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_an_export_leaves_the_statistics_of_float_batch_norms_as_they_were_measured(precision, tmp_path):
     class Images(L.LightningModule):
         def __init__(self):
             super().__init__()
@@ -148,6 +149,36 @@ def test_an_export_leaves_the_statistics_of_float_batch_norms_as_they_were_measu
     callbacks = [QuantizationAwareTraining(schemes, submodule="model"), before, Export(tmp_path / "export")]
     L.Trainer(
         max_steps=2, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        enable_progress_bar=False, enable_model_summary=False, precision=precision,
     ).fit(module, DataLoader(IMAGES, batch_size=6))  # fmt: skip
     assert before.seen and all(torch.equal(before.seen[name], module.after[name]) for name in before.seen)
+
+
+def test_a_norm_is_folded_by_where_it_is_called_and_not_by_where_it_is_written(caplog):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)
+            self.bn1, self.bn2, self.twice = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            x = self.conv2(x)
+            return self.bn2(x) + self.twice(F.relu(x))
+
+    class Opaque(Block):
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
+
+    for kind, left in ((Block, 2), (Opaque, 3)):
+        torch.manual_seed(0)
+        model = kind()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.running_mean)
+        with torch.no_grad():
+            before = model.eval()(IMAGES)
+            fold_batch_norms(model)
+            torch.testing.assert_close(model(IMAGES), before, rtol=1e-5, atol=1e-5)
+        assert norms(model) == left  # what conv2 gives has another reader
+    assert "batch norms stay, where their inputs come from cannot be traced" in caplog.text

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qat.estimators import DSQ, LSQ, PACT, STE, FakeQuantize, inside_range
-from qat.functional import absmax_scale, fake_quantize, store_scale
+from qat.functional import absmax_scale, dynamic_scale, fake_quantize, store_scale
 from qat.observers import MSE
 from qat.scheme import QuantSpec
 
@@ -356,3 +356,25 @@ def test_pact_refuses_what_has_no_clipping_level_to_learn(spec):
 
 def test_pact_accepts_static_activations():
     assert PACT().refusal(QuantSpec(bits=8, granularity="tensor")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_weight_written_on_its_outermost_code_gets_its_gradient_in_any_dtype(bits, dtype):
+    torch.manual_seed(bits)
+    spec = QuantSpec(bits=bits, granularity="channel")
+    scale = store_scale(torch.rand(64, 1) * 0.1 + 1e-3, spec)
+    x = (torch.tensor([[spec.qmin, spec.qmax, 1.0]]) * scale).to(dtype)
+    assert inside_range(x, scale, spec).all()
+    beyond = (torch.tensor([[spec.qmin - 0.25, spec.qmax + 0.25]]) * scale).to(dtype)
+    if bits < 8 or dtype != torch.bfloat16:  # there a quarter of a step is less than what rounding moves
+        assert not inside_range(beyond, scale, spec).any()
+
+
+def test_the_largest_value_of_a_token_gets_its_gradient():
+    torch.manual_seed(0)
+    spec = QuantSpec(bits=8, granularity="token", dynamic=True, absmax_rule="qmax")
+    x = torch.randn(4096, 16)
+    scale = dynamic_scale(x, spec)
+    grad, _ = LSQ().backward(torch.ones_like(x), x, scale, spec, False)
+    assert torch.equal(grad, torch.ones_like(x))

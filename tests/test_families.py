@@ -188,3 +188,17 @@ def test_padding_reaches_no_expert_s_range():
         CALIBRATIONS["absmax"](model, run)
         scales.append(torch.cat([layer.input_quantizer.scale.detach() for layer in layers(model).values()]))
     assert torch.equal(*scales)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+def test_a_rule_may_name_any_layer_of_the_experts(name):
+    up, down = ("w3", "w2") if name == "Mixtral" else ("up_proj", "down_proj")
+    for pattern, left in ((f"*.experts.*.{up}", {up}), ("*.experts.0.*", None), ("*.experts.*", {up, down})):
+        model, schemes = family(name), SchemeMap(name="test", rules={pattern: None, **W4.rules})
+        prepare(model, schemes)
+        experts = [layer for layer in insert(model, schemes) if ".experts." in layer]
+        if left is None:
+            assert experts and not any(".experts.0." in layer for layer in experts)
+        else:
+            assert not left & {layer.rpartition(".")[2] for layer in experts}
+            assert bool(experts) == (down not in left)

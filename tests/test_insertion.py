@@ -269,3 +269,24 @@ def test_a_deep_copied_model_is_quantized_too():
     other = copy.deepcopy(model)
     insertion.remove(model)
     assert list(insertion.layers(other)) == ["first", "blocks.0.0", "blocks.1"]
+
+
+def test_torchs_encoder_reads_no_weight_past_its_quantized_layers():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 8, 32)
+    padding = torch.arange(8).expand(2, 8) >= torch.tensor([[8], [5]])
+    with torch.no_grad():
+        before = model(x), model(x, src_key_padding_mask=padding)
+    insertion.insert(
+        model, SchemeMap(name="w2", rules={"*": QuantScheme(weight=QuantSpec(bits=2, granularity="channel"))})
+    )
+    for quantized in insertion.layers(model).values():
+        quantized.weight_quantizer.set_scale(quantized.weight.detach().abs().amax(1, keepdim=True))
+    insertion.set_stage(model, Stage.FROZEN)
+    with torch.no_grad():  # where torch would take its fast paths
+        fast = model(x), model(x, src_key_padding_mask=padding)
+    slow = model(x), model(x, src_key_padding_mask=padding)
+    for was, now, right in zip(before, fast, slow, strict=True):
+        torch.testing.assert_close(now[~padding], right[~padding], rtol=0, atol=1e-5)  # attention is in float
+        assert not torch.allclose(now[~padding], was[~padding], atol=0.1)

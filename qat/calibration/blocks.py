@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from transformers import Cache
 
 from qat.calibration.block_files import BlockFiles
 from qat.fake_quantizer import Stage, real_tokens, token_mask
@@ -187,9 +188,9 @@ def _caught(blocks: list[nn.Module], run: Run, method: str) -> list[_Batch]:
                 f"calibration {method}: block {index} is not called with the output of block {index - 1}, so the "
                 "model cannot be calibrated block by block"
             )
-        if kwargs.get("past_key_values") is not None:  # every replay would append to it
-            kwargs = {**kwargs, "past_key_values": None}
-        batches[-1].calls.append((tuple(rest), kwargs))
+        # No cache: every replay would append to it.
+        args = tuple(None if isinstance(value, Cache) else value for value in rest)
+        batches[-1].calls.append((args, {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}))
         previous[:] = [hidden]
         return hidden
 

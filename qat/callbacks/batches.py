@@ -80,3 +80,9 @@ def after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
         return result
 
     setattr(owner, name, wrapped)
+
+
+def restore(owner: Any, *names: str) -> None:
+    """Give the object `owner` the methods `names` of its class again: after a fit, and after one that did not end."""
+    for name in names:
+        owner.__dict__.pop(name, None)

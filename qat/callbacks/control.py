@@ -70,7 +70,7 @@ def train_control(
     save_file(shared, temporary.name)
     os.replace(temporary.name, folder / WEIGHTS)
     for checkpoint in checkpoints.glob("*.ckpt"):
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)  # another job of a sweep may have trained the same
 
 
 def load_control(folder: Path, pl_module: L.LightningModule) -> None:

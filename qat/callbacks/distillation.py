@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.calibration.blocks import find_blocks
-from qat.callbacks.batches import after
+from qat.callbacks.batches import after, restore
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.insertion import layers
 from qat.structure import keep_frequencies
@@ -163,8 +163,10 @@ class Distillation(L.Callback):
         self.teacher.to(device=self.device or pl_module.device, dtype=dtype).eval().requires_grad_(False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for name in ("training_step", "configure_model"):
-            pl_module.__dict__.pop(name, None)
+        restore(pl_module, "training_step", "configure_model")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     # -- loss ---------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class Export(L.Callback):
             for norm in (m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
                 norm.eval()  # the statistics of one batch more would be no part of what was measured
             with torch.no_grad(), trainer.precision_plugin.forward_context(), muted(pl_module):
-                quantization.forward(pl_module, to_device(batch, pl_module))
+                quantization.forward(pl_module, trainer.precision_plugin.convert_input(to_device(batch, pl_module)))
         exported = export(model, recorded, directory, tokenizer=self.tokenizer, dtype=self.dtype)
         cached = f" and keys and values of {len(of)} attentions" if (of := exported.attentions) else ""
         log.info("exported to %s, proven bit-exact for %d layers%s", directory, len(exported.layers), cached)

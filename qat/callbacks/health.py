@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.diagnosis.health import Health, gradient_ratio, unusual
+from qat.insertion import layers
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,13 @@ class TrainingHealth(L.Callback):
         figures: dict[str, float | None] = {
             **self.health.look(pl_module), "gradient_ratio": None if ratio is None else float(ratio),
         }  # fmt: skip
-        warned = {name for row in self.rows for name in unusual(row)}
+        bits = {layer.weight_quantizer.spec.bits for layer in layers(pl_module).values()}
+        warned = {name for row in self.rows for name in unusual(row, bits)}
         self.rows.append({"step": trainer.global_step, **figures})
         known = {f"health/{name}": value for name, value in figures.items() if value is not None}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=trainer.global_step)
-        for name, sentence in unusual(figures).items():
+        for name, sentence in unusual(figures, bits).items():
             if name not in warned:  # once a run
                 log.warning("step %d: %s", trainer.global_step, sentence)
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from qat.callbacks.batches import after
+from qat.callbacks.batches import after, restore
 from qat.callbacks.quantization import QuantizationAwareTraining, quantization_of
 from qat.callbacks.trainable import Trainable
 from qat.export.directory import atomic_directory
@@ -32,7 +32,8 @@ class LoRA(Trainable):
         r: rank; 0 trains all weights, and this callback does nothing.
         lora_alpha: the adapter's product is multiplied by lora_alpha / r.
         target_modules: `all-linear`; last parts of dotted names; or a regular expression for whole names.
-        folder: where the adapter is written after training, as peft reads it; None writes none.
+        folder: where the adapter is written after training, as peft reads it; None writes none, and nor is one written
+            that belongs to other weights than the float model's, which GPTQ and `start_step` change.
         base: name or path of the float model, for that folder.
     """
 
@@ -90,14 +91,20 @@ class LoRA(Trainable):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.r or self.folder is None or not trainer.is_global_zero:
             return
-        calibration = quantization_of(trainer, "LoRA").calibration
+        quantization = quantization_of(trainer, "LoRA")
+        model, calibration = quantization.quantized(pl_module), quantization.calibration
         if calibration.changes_weights:
             log.info("no adapter is written: %s changed the weights that it belongs to", calibration.name)
             return
-        model = quantization_of(trainer, "LoRA").quantized(pl_module)
+        if start := quantization.start_step:
+            log.info("no adapter is written: what it learned before step %d went into the weights there", start)
+            return
         with atomic_directory(self.folder, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as partial:
             save_adapter(model, partial, self.base)
         log.info("adapter  %s", self.folder)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        restore(pl_module, "configure_model")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

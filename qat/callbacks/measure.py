@@ -56,7 +56,7 @@ class Measure:
         name = f"limit_{split}_batches"
         limit = getattr(self.trainer, name)
         if loader is None:
-            raise ValueError(f"without a {split}_dataloader ({name}={limit}) nothing can be measured: give fit one")
+            raise ValueError(f"no {split}_dataloader to measure on: give fit one, and {name} (it is {limit}) above 0")
         if isinstance(loader, (list, tuple)) and len(loader) == 1:
             loader = loader[0]
         if isinstance(loader, (list, tuple, Mapping, CombinedLoader)):
@@ -94,7 +94,7 @@ class Measure:
         return found
 
     def _losses(self, module: Any, numbered: tuple[int, Any]) -> Any:
-        index, batch = numbered
+        index, batch = numbered[0], self.trainer.precision_plugin.convert_input(numbered[1])
         with muted(module):
             return step_losses(module.validation_step(batch, index), batch, index)
 

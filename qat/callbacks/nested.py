@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from qat.callbacks.batches import muted
+from qat.callbacks.batches import muted, restore
 from qat.callbacks.quantization import quantization_of
 from qat.insertion import at_width, layers, nested_widths, widths
 from qat.scheme import QuantScheme
@@ -114,8 +114,10 @@ class Nested(L.Callback):
         self._losses = {}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for name in ("training_step", "backward"):
-            pl_module.__dict__.pop(name, None)
+        restore(pl_module, "training_step", "backward")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _loss(result: Any) -> Tensor:

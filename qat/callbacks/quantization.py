@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.calibration import Calibration, RangeCalibration
-from qat.callbacks.batches import after, forward_batch, muted
+from qat.callbacks.batches import after, forward_batch, muted, restore
 from qat.callbacks.optimizers import check_optimizers, scale_groups
 from qat.estimators import LSQ, Estimator
 from qat.evaluation.losses import to_device
@@ -126,10 +126,12 @@ class QuantizationAwareTraining(L.Callback):
         log.info("%s: %d layers quantized", self.schemes.name, len(inserted))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for name in ("configure_optimizers", "configure_model"):
-            pl_module.__dict__.pop(name, None)
+        restore(pl_module, "configure_optimizers", "configure_model")
         for handle in self._handles:
             handle.remove()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -230,7 +232,7 @@ class QuantizationAwareTraining(L.Callback):
             for batch in loader:
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with trainer.precision_plugin.forward_context(), token_mask(mask), muted(pl_module):
-                    self.forward(pl_module, to_device(batch, pl_module))
+                    self.forward(pl_module, trainer.precision_plugin.convert_input(to_device(batch, pl_module)))
         finally:
             pl_module.train(training)
 

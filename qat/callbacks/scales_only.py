@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from qat.callbacks.batches import after
+from qat.callbacks.batches import after, restore
 from qat.callbacks.quantization import QuantizationAwareTraining, quantization_of
 from qat.callbacks.trainable import Trainable
 from qat.estimators import LSQ
@@ -92,4 +92,7 @@ class ScalesOnly(Trainable):
                 layer.hold()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        restore(pl_module, "configure_model")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

@@ -53,7 +53,7 @@ def search_widths(
 
     def forward(batch: Any) -> Tensor:
         with trainer.precision_plugin.forward_context(), muted(pl_module):
-            return pl_module(to_device(batch, pl_module))
+            return pl_module(trainer.precision_plugin.convert_input(to_device(batch, pl_module)))
 
     model = quantization.quantized(pl_module)
     groups = search.groups(model)

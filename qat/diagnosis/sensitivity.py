@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from qat.diagnosis.fisher import IGNORE, fisher_traces
 from qat.diagnosis.widths import Group, WidthSearch
+from qat.estimators import LSQPlus
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import fake_quantize
 from qat.insertion import insert, layers, remove
@@ -113,7 +114,7 @@ class _Inserted:
                 with token_mask(batch.get("attention_mask")):
                     forward(batch)
 
-        insert(self.model, self.search.uniform(self.bits))
+        insert(self.model, self.search.uniform(self.bits), LSQPlus())  # nothing is trained; it refuses no zero point
         self.layers = layers(self.model)
         self.float = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         try:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from llama_data import inserted, logits, runner
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qat.attention import key_values
 from qat.calibration import GPTQ, RangeCalibration
@@ -227,3 +228,15 @@ def test_a_forward_that_a_block_was_given_is_its_own_again_afterwards(tiny_llama
     QUICK_GPTQ(model, runner(model))
     assert block.forward is given and calls  # calibration ran it, too
     assert "forward" not in model.model.layers[1].__dict__
+
+
+def test_a_cache_that_a_block_is_handed_by_position_is_not_replayed_either():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    tokens, found = torch.arange(24)[None], []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+        insert(model, uniform(QuantSpec(bits=4, granularity="group", group_size=32), ignore=("*lm_head",)))
+        GPTQ()(model, lambda m=model, cached=use_cache: m(tokens, use_cache=cached))
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

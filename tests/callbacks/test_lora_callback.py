@@ -108,3 +108,9 @@ def test_a_target_that_cannot_have_an_adapter_is_refused_before_anything_is_trai
         with pytest.raises(ValueError, match=f"no quantized linear layer is called {target}"):
             LoRA(r=2, target_modules=[target]).check(model, chosen, int4())
     LoRA(r=2, target_modules=["q_proj"]).check(model, chosen, int4())
+
+
+def test_no_adapter_is_written_that_lacks_what_was_learned_in_float(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer(int4(start_step=3), lora(folder=tmp_path / "adapter")).fit(Classifier(), LOADERS[0])
+    assert not (tmp_path / "adapter").exists() and "before step 3 went into the weights" in caplog.text

@@ -6,7 +6,7 @@ import weakref
 import lightning as L
 import pytest
 import torch
-from digits import Classifier, LateClassifier, digits, trainer
+from digits import STEPS, Classifier, LateClassifier, digits, trainer
 from test_quantization import StopAt
 from torch.nn import functional as F
 
@@ -232,3 +232,32 @@ def test_a_scheme_that_nests_nothing_is_trained_as_ever():
     again = QuantizationAwareTraining(uniform(spec), scale_lr=1e-3)
     assert_same_weights(fitted(plain), fitted(again, Nested()))
     assert next(iter(layers(fitted(plain)).values())).weight_quantizer.current_stage == Stage.FROZEN
+
+
+class Dies(Classifier):
+    """Counts what it is asked, and fails once."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.asked = at, 0
+
+    def training_step(self, batch, batch_idx):
+        self.asked += 1
+        if self.asked == self.at:
+            raise RuntimeError("the network was unplugged")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_fit_after_one_that_failed_trains_as_if_it_were_the_first():
+    module = Dies(at=10)
+    with pytest.raises(RuntimeError, match="unplugged"):
+        fitted(Distillation(0.5, submodule="network"), quantization(), Nested(WEIGHTS), module=module)
+    assert not {"training_step", "backward", "configure_optimizers"} & set(vars(module))
+    before = module.asked
+    fitted(
+        Distillation(0.5, submodule="network", teacher=Classifier().network),
+        quantization(),
+        Nested(WEIGHTS),
+        module=module,
+    )
+    assert module.asked - before == STEPS * len(WIDTHS)

@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 
 from qat.calibration import RangeCalibration
-from qat.callbacks import Recovery
+from qat.callbacks import QuantizationAwareTraining, Recovery
 from qat.callbacks.batches import step_losses
 from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
 from qat.callbacks.recovery import Control
 from qat.fake_quantizer import Stage
 from qat.insertion import insert, set_stage
+from qat.scheme import QuantSpec, uniform
 
 LOADERS = digits()
 
@@ -69,7 +70,7 @@ def test_no_validation_while_training_measures_before_and_after_it():
     trainer(int4(), recovery, limit_val_batches=0, steps=2).fit(Classifier(), Data())
     assert recovery.models["float"]["validation"].loss == pytest.approx(loss_by_hand(Classifier()), rel=1e-6)
     assert not recovery.history
-    with pytest.raises(ValueError, match=r"without a val_dataloader \(limit_val_batches=0\) nothing can be measured"):
+    with pytest.raises(ValueError, match=r"give fit one, and limit_val_batches \(it is 0\) above 0"):
         trainer(int4(), Recovery(), limit_val_batches=0).fit(Classifier(), *LOADERS)
 
 
@@ -199,3 +200,11 @@ def test_a_weights_digest_sees_one_changed_bit():
     with torch.no_grad():
         other.network[0].weight[0, 0] = torch.nextafter(other.network[0].weight[0, 0], torch.tensor(1.0))
     assert weights_digest(module) != weights_digest(other)
+
+
+def test_a_model_all_in_bfloat16_is_measured_and_calibrated_on_images_that_are_not():
+    schemes = uniform(QuantSpec(bits=8, granularity="channel"), QuantSpec(bits=8, granularity="tensor"))
+    quantization = QuantizationAwareTraining(schemes, submodule="network", calibration_loader=LOADERS[0])
+    recovery = Recovery()
+    trainer(quantization, recovery, precision="bf16-true", limit_val_batches=None).fit(Classifier(), *LOADERS)
+    assert recovery.models["qat"]["validation"].loss < recovery.models["float"]["validation"].loss

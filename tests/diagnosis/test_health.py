@@ -152,3 +152,7 @@ def test_a_figure_out_of_range_is_named_with_its_remedy(name):
     assert unusual(usual) == unusual(dict.fromkeys(FIGURES)) == {}
     assert list(unusual({**usual, name: 2 * high})) == [name]
     assert remedy in unusual({**usual, name: 2 * high})[name]
+    said = {bits: name in unusual({**usual, name: 2 * high}, bits) for bits in ((2,), (4,), (8,), (2, 8))}
+    assert said[4,]
+    assert said[2,] == (name != "clipped") and said[8,] == (name not in ("oscillation", "changed"))
+    assert said[2, 8] == (said[2,] and said[8,])

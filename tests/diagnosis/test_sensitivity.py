@@ -198,3 +198,13 @@ def test_an_expert_that_no_token_of_a_batch_chose_counts_as_zero_there():
 
     both = fisher_traces({"first": first.weight, "second": second.weight}, batches, routed)
     assert both["first"] > 0 and both["second"] > 0
+
+
+def test_widths_are_searched_beside_asymmetric_activations_too(batches, tiny_llama):
+    model = tiny_llama()
+    chosen = search(
+        calibration=RangeCalibration("absmax"), input=QuantSpec(bits=8, granularity="tensor", symmetric=False)
+    )
+    rows = measure(model, chosen, batches, forward_of(model), key="k")["rows"]
+    kl = {bits: sum(row["kl"] for row in rows if row["bits"] == bits) for bits in chosen.widths}
+    assert 0 < kl[8] < kl[3]
