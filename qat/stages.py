@@ -163,7 +163,7 @@ class Run:
             half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
             check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
             quantization.calibration.check(quantized)
-            if not self._post_training:
+            if self.cfg.trainer.max_steps > 0:
                 quantization.check_schedule(self.cfg.trainer.max_steps)
             trainable.check(quantized, chosen, quantization)
             instantiate(self.cfg.callbacks.nested).check(chosen)
