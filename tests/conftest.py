@@ -15,6 +15,12 @@ from qat.kernels import build
 from qat.scheme import QuantScheme, SchemeMap
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """A test that sets no seed draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real models and texts; tests that need one of them skip where it is absent."""

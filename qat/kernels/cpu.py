@@ -133,7 +133,8 @@ def packed_linear(
         rows = x.view(tokens, in_features)
         if input_bits == 0:
             return _by_tiles(use, rows, packed, scale, bias, bits, group_size).view(*shape[:-1], out_features)
-        if (bits, group_size, use.isa) == (8, in_features, 2):
+        # torch 2.13's int8 product reads past one input.
+        if (bits, group_size, use.isa) == (8, in_features, 2) and in_features > 1:
             out = _by_int_mm(rows, packed, scale, bias, input_bits, input_scale, input_rule)
             return out.view(*shape[:-1], out_features)
     out = torch.empty((*shape[:-1], out_features), dtype=dtype)
@@ -172,8 +173,11 @@ def _by_tiles(
             packed[start].data_ptr(), scale[start].data_ptr(), tile.data_ptr(), count, in_features, group_size,
             4 * words, bits, TYPES[scale.dtype], TYPES[dtype], use.isa, torch.get_num_threads(),
         )  # fmt: skip
-        torch.mm(left, tile[:count].T, out=out[:, start : start + count])
-    out = out if bias is None else out.add_(bias)
+        part = out[:, start : start + count]
+        if bias is None:
+            torch.mm(left, tile[:count].T, out=part)
+        else:  # added before the sum is rounded to 16 bits
+            torch.addmm(bias[start : start + count].to(dtype), left, tile[:count].T, out=part)
     return out.to(rows.dtype)
 
 
