@@ -52,6 +52,13 @@ def layer(scheme: QuantScheme, inputs: int, outputs: int) -> PackedLinear:
     return new
 
 
+def on(kernels: cpu.Kernels, made: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """What `made` computes, by the kernels of another instruction set."""
+    weight, bits = made.scheme.weight, made.scheme.input.bits if made.scheme.input else 0
+    size = weight.group_size or made.in_features
+    return cpu.packed_linear(x, made.packed, made.scale, None, None, weight.bits, size, bits, None, "qmax", use=kernels)
+
+
 def variants(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
     """Calls by name; each returns (tokens, outputs)."""
     torch.manual_seed(0)
@@ -64,6 +71,11 @@ def variants(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], t
     w32 = torch.randn(outputs, inputs)
     w16 = w32.bfloat16()
     ours = {name: partial(layer(scheme, inputs, outputs), x16) for name, scheme in SCHEMES.items()}
+    if cpu.kernels().isa == 2:
+        avx2 = cpu.Kernels(build.load(), 1)
+        ours |= {
+            f"{name}, AVX2": partial(on, avx2, layer(scheme, inputs, outputs), x16) for name, scheme in SCHEMES.items()
+        }
     int4pack = torch.ops.aten._weight_int4pack_mm_for_cpu
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "fp32": partial(F.linear, x32, w32),
