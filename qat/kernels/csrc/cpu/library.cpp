@@ -6,8 +6,7 @@
 //   decode.h        what a decoder does between linear layers
 //
 // The headers are compiled once for each instruction set, in a namespace of its own; a call says which one it wants,
-// and `qat_cpu_isa` says what this machine has.  The speed of the AVX512 path was not measured: its arithmetic is
-// tested under emulation, on machines without it.
+// and `qat_cpu_isa` says what this machine has.  Machines without AVX512 test that path under emulation.
 #include "common.h"
 
 #if defined(__x86_64__)
