@@ -106,7 +106,7 @@ LEVERS = {
     "torchao, distilled": Lever("torchao", grid=GRID),
     "ModelOpt": Lever("modelopt", distillation=0.0, grid=GRID),
     "ModelOpt, distilled": Lever("modelopt", grid=GRID),
-    "next token": Lever(distillation=0.0),
+    "next token": Lever(distillation=0.0, grid=GRID),
     "from MSE ranges": Lever(calibration="mse"),
     "from weighted MSE": Lever(calibration="weighted_mse"),
     "from AWQ": Lever(calibration="awq"),
