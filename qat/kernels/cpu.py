@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # From here on torch is faster than the own kernels (benchmarks/cpu_linear.py): its matrix product over dequantized
-# tiles, of float32 on AVX2 and of bfloat16 on AVX512, and its int8 product on VNNI.
-MANY_TOKENS, MANY_TOKENS_IN_16_BITS, MANY_TOKENS_IN_INT8 = 32, 16, 96
+# tiles, of float32 on AVX2 (from between 16 and 32) and of bfloat16 on AVX512 (24 to 28); its int8 product on VNNI.
+MANY_TOKENS, MANY_TOKENS_IN_INT8 = 32, 96
 TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
 MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
 # `Arguments` in csrc/cpu/library.cpp.  Packing them costs a third of what ctypes takes to convert twenty.
@@ -129,13 +129,12 @@ def packed_linear(
     if bias is not None:
         bias = bias.to(dtype).contiguous()
     tokens = x.numel() // in_features
-    if tokens >= MANY_TOKENS_IN_16_BITS:
+    if tokens >= MANY_TOKENS:
         rows = x.view(tokens, in_features)
-        if input_bits == 0 and tokens >= many_tokens(dtype):
+        if input_bits == 0:
             return _by_tiles(use, rows, packed, scale, bias, bits, group_size).view(*shape[:-1], out_features)
-        by_channel = (input_bits > 0, bits, group_size) == (True, 8, in_features)
-        # torch 2.13's int8 product reads past one input.
-        if by_channel and use.isa == 2 and tokens >= MANY_TOKENS_IN_INT8 and in_features > 1:
+        vnni = (bits, group_size, use.isa) == (8, in_features, 2)
+        if vnni and tokens >= MANY_TOKENS_IN_INT8 and in_features > 1:  # torch 2.13's reads past one input
             out = _by_int_mm(rows, packed, scale, bias, input_bits, input_scale, input_rule)
             return out.view(*shape[:-1], out_features)
     out = torch.empty((*shape[:-1], out_features), dtype=dtype)
@@ -202,12 +201,6 @@ def _by_int_mm(
         sums = sums.mul_(scale[start : start + height, 0].float()).mul_(token)
         out[:, start : start + height] = sums if bias is None else sums.add_(bias[start : start + height])
     return out
-
-
-@cache
-def many_tokens(dtype: torch.dtype) -> int:
-    """From how many tokens of a `dtype` on weights are dequantized for torch, where activations stay as they are."""
-    return MANY_TOKENS if _tile_dtype(dtype) == torch.float32 else MANY_TOKENS_IN_16_BITS
 
 
 @cache

@@ -66,7 +66,7 @@ def test_any_numbers_are_as_near_to_the_reference_as_float32_sums_allow(name, dt
         tolerance = steps * 2.0**-24 * magnitude
         # One rounding to x's dtype: half a unit in the last place, or of the smallest subnormal.
         tolerance += torch.finfo(dtype).eps / 2 * (expected.abs() + tolerance) + torch.finfo(dtype).smallest_normal
-        if input_bits == 0 and tokens >= cpu.many_tokens(dtype) and cpu._tile_dtype(dtype) != torch.float32:
+        if input_bits == 0 and tokens >= cpu.MANY_TOKENS and cpu._tile_dtype(dtype) != torch.float32:
             tolerance += torch.finfo(dtype).eps * magnitude  # tiles of weights in x's dtype, as in the reference
         assert ((found - expected).abs() <= tolerance).all(), (group, inputs, tokens, rule)
 
@@ -95,7 +95,7 @@ def test_every_16_bit_number_passes_unchanged(dtype, kernels):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 32)
     one = (pack(torch.eye(32, dtype=torch.int64), 4), torch.ones(32, 1), None, None, 4, 32)
     finite = torch.where(x.isfinite(), x, 1)  # not infinity: times the zeros beside the one it is NaN
-    for rows in finite.split(cpu.MANY_TOKENS_IN_16_BITS - 1):  # torch's product of bfloat16 has no subnormals
+    for rows in finite.split(cpu.MANY_TOKENS - 1):  # torch's product of bfloat16 has no subnormals
         assert torch.equal(cpu.packed_linear(rows, *one, 0, None, "qmax", use=kernels), rows)
 
 

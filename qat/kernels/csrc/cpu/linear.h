@@ -7,12 +7,25 @@
 // A span is a group, or a block where a block holds several groups: then the vector's lanes belong to groups in turn
 // (kLanes * group / block lanes each), and the scales are spread over them.
 
+// Whether S takes a block of several rows at once (steps), and not row by row (step): registers for that has AVX512.
+template <class S>
+constexpr bool together = QAT_ISA == 2 && S::offset == 0;
+
+template <class S, int R, int T>
+inline void step_rows(
+    typename S::Sum (&sums)[R][T], const uint8_t* const (&w)[R], const typename S::In* x, int64_t x_row) {
+  if constexpr (together<S>) S::steps(sums, w, x, x_row);
+  else
+    for (int r = 0; r < R; r++) S::step(sums[r], w[r], x, x_row);
+}
+
 // R rows of weights times T tokens, to out[R][T].
 template <class S, int R, int T>
 inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const float* scales, float* out) {
   // A row that ends inside a block is continued with zeros: reading on could leave the tensor.
   uint8_t tail[R][S::bytes];
   const uint8_t* rows[R];
+  const uint8_t* at[R];
   for (int r = 0; r < R; r++) {
     rows[r] = job.packed + (row + r) * job.row_bytes;
     if (job.full_blocks < job.blocks) {
@@ -35,13 +48,17 @@ inline void tile(const Job& job, Lanes index, int64_t row, int64_t token, const 
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) part[r][t] = S::start(start + (t * job.spans + s) * kLanes);
     const int64_t end = b + job.span_blocks, whole = end < job.full_blocks ? end : job.full_blocks;
-    for (; b < whole; b++)
+    for (; b < whole; b++) {
       for (int r = 0; r < R; r++) {
-        __builtin_prefetch(rows[r] + b * S::bytes + ahead);
-        S::step(part[r], rows[r] + b * S::bytes, x + b * S::block, x_row);
+        at[r] = rows[r] + b * S::bytes;
+        __builtin_prefetch(at[r] + ahead);
       }
-    for (; b < end; b++)  // at most one, and never taken by most shapes
-      for (int r = 0; r < R; r++) S::step(part[r], tail[r], x + b * S::block, x_row);
+      step_rows<S>(part, at, x + b * S::block, x_row);
+    }
+    for (; b < end; b++) {  // at most one, and never taken by most shapes
+      for (int r = 0; r < R; r++) at[r] = tail[r];
+      step_rows<S>(part, at, x + b * S::block, x_row);
+    }
     for (int r = 0; r < R; r++) {
       const Vec scale = spread(scales + r * job.scale_stride + s * job.span_scales, index);
       for (int t = 0; t < T; t++) total[r][t] = multiply_add(S::to_float(part[r][t]), scale, total[r][t]);
@@ -72,8 +89,8 @@ struct Rows {
       index[i] = job.span_scales == 1 ? 0 : int32_t(i / (kLanes * job.group / S::block));
     int64_t m = 0;
     if constexpr (kLanes > 1) {  // registers for R * T sums
-      for (; m + 4 <= job.m; m += 4) tokens<2, 4>(lanes(index), first, last, m, scales);
-      for (; m + 2 <= job.m; m += 2) tokens<2, 2>(lanes(index), first, last, m, scales);
+      for (; m + 4 <= job.m; m += 4) tokens<(together<S> ? 4 : 2), 4>(lanes(index), first, last, m, scales);
+      for (; m + 2 <= job.m; m += 2) tokens<(together<S> ? 4 : 2), 2>(lanes(index), first, last, m, scales);
     }
     for (; m < job.m; m++) tokens<(kLanes > 1 ? 4 : 1), 1>(lanes(index), first, last, m, scales);
     std::free(scales);
