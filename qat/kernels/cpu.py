@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # From here on torch is faster than the own kernels (benchmarks/cpu_linear.py): its matrix product over dequantized
-# tiles, of float32 on AVX2 (from between 16 and 32) and of bfloat16 on AVX512 (24 to 28); its int8 product on VNNI.
+# tiles, of float32 on AVX2 and of bfloat16 on AVX512 (both from between 16 and 32); its int8 product on VNNI.
 MANY_TOKENS, MANY_TOKENS_IN_INT8 = 32, 96
 TILE = 1 << 20  # weights that are dequantized at once: 4 MB in float32
 MOST_INPUTS = 65536  # int32 sums; csrc/cpu/int8_input.h
