@@ -168,15 +168,19 @@ def floor_codes(x: Tensor, scale: Tensor, spec: QuantSpec, codes: Tensor | None 
         codes: (..., in), integers that the choice shall hold beside their neighbour towards x; None for x's own two.
 
     Returns:
-        (..., in) twice, float32: integers in [qmin, qmax - 1], and x / scale minus them, in [0, 1]; with `codes`, the
-        middle between that and the code.
+        (..., in) twice, float32: codes in [qmin, qmax - spacing], and how far x / scale is from them towards the next,
+        in [0, 1]; with `codes`, the middle between that and the code.
     """
     view, divisor = grouped(x.float(), scale)
     ratio = (view / divisor).flatten(-2)
-    lower = ratio.floor() if codes is None else torch.where(codes > ratio, codes - 1, codes)
-    lower = lower.clamp_(spec.qmin, spec.qmax - 1)
-    rest = (ratio - lower).clamp_(0, 1)
-    return lower, rest if codes is None else (rest + codes - lower) / 2
+    step, first = spec.spacing, spec.qmin % spec.spacing
+    if codes is None:
+        lower = ((ratio - first) / step).floor_() * step + first
+    else:
+        lower = torch.where(codes > ratio, codes - step, codes)
+    lower = lower.clamp_(spec.qmin, spec.qmax - step)
+    rest = ((ratio - lower) / step).clamp_(0, 1)
+    return lower, rest if codes is None else (rest + (codes - lower) / step) / 2
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:

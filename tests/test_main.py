@@ -508,10 +508,6 @@ BAD = {
     "a nested width that is not below": (["quant=nested", "quant.weight.nested=[8]"], "integer widths from 2 to 7"),
     "weights of widths that are not nested": (["callbacks.nested.weights={{4:1.0}}"], "no layer has nested widths"),
     "an export at a width that is not nested": (["quant=nested", "export_bits=3"], "which are [8, 4, 2]"),
-    "rounding learned between odd numbers": (
-        ["calibration=adaround", "quant=w2a16_odd", "estimator=seq"],
-        "has the odd grid",
-    ),
     "a second search without a first": (["repeat_search=true"], "needs quant=auto, and steps"),
     "a second search after no training": (
         ["quant=auto", "trainer.max_steps=0", "repeat_search=true"],

@@ -112,12 +112,6 @@ class Reconstruction:
         """Refuse what this method cannot treat; `model` may be float still."""
         check_layers(self.name, model)
         self.first.check(model)
-        for name, layer in layers(model).items():
-            if self.learn == "rounding" and layer.scheme.weight.grid == "odd":
-                raise ValueError(
-                    f"calibration {self.name}: {name} has the odd grid, and roundings are learned between whole "
-                    "numbers; use calibration=block_ap"
-                )
         if self.learn == "rounding":
             return
         for name, parameter in model.named_parameters():
@@ -227,7 +221,8 @@ class Reconstruction:
         for step in steps(self.steps, "rounding"):
             quantized = {}
             for name, layer in treated.items():
-                matrix = dequantize(lower[name] + rectified_sigmoid(soft[name]), _scale(layer))
+                codes = lower[name] + layer.scheme.weight.spacing * rectified_sigmoid(soft[name])
+                matrix = dequantize(codes, _scale(layer))
                 weight = torch.empty_like(layer.weight, requires_grad=False)
                 layer.as_matrix(weight).copy_(matrix)
                 quantized[f"{name}.weight" if name else "weight"] = weight
@@ -243,7 +238,7 @@ class Reconstruction:
                 v.grad = gradient
             optimizer.step()
         for name, layer in treated.items():
-            write_back(layer, lower[name] + (soft[name].detach() > 0))  # h(v) > 1/2
+            write_back(layer, lower[name] + layer.scheme.weight.spacing * (soft[name].detach() > 0))  # h(v) > 1/2
 
     def _learn_weights(self, block: nn.Module, examples: list[_Example], before: float) -> None:
         treated = list(layers(block).values())

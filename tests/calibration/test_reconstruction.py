@@ -19,6 +19,7 @@ from qat.scheme import QuantScheme, QuantSpec, SchemeMap
 from qat.structure import unfuse_experts
 
 MSE = RangeCalibration("mse")
+ODD = QuantScheme(weight=QuantSpec(bits=2, grid="odd", granularity="group", group_size=32))
 BOTH = pytest.mark.parametrize("learn", ["rounding", "weights"])
 
 
@@ -45,23 +46,26 @@ def test_h_and_regularizer_are_the_papers_formulas_with_their_gradients():
     assert torch.autograd.gradcheck(lambda x: rounding_regularizer(x, 4.0), v)
 
 
+@pytest.mark.parametrize("grid", ["full", "odd"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_floor_codes_are_on_the_grid_and_enclose_what_the_grid_covers(bits):
-    spec, scale = QuantSpec(bits=bits, granularity="channel"), torch.tensor([[0.3], [-0.2]])
+def test_floor_codes_are_on_the_grid_and_enclose_what_the_grid_covers(bits, grid):
+    spec, scale = QuantSpec(bits=bits, granularity="channel", grid=grid), torch.tensor([[0.3], [-0.2]])
     x = torch.linspace(-4, 4, 41).expand(2, 41)
     lower, rest = floor_codes(x, scale, spec)
     ratio = x / scale
     covered = (ratio >= spec.qmin) & (ratio <= spec.qmax)
-    assert lower.min() == spec.qmin and lower.max() == spec.qmax - 1
-    torch.testing.assert_close((lower + rest)[covered], ratio[covered], rtol=0, atol=2**-21)  # one rounding below 8
+    assert set(lower.unique().tolist()) == set(range(spec.qmin, spec.qmax, spec.spacing))
+    back = lower + spec.spacing * rest
+    torch.testing.assert_close(back[covered], ratio[covered], rtol=0, atol=2**-20)  # one rounding below 16
     assert ((rest >= 0) & (rest <= 1)).all()
     rounded = quantize(x, scale, spec)  # nearest is always one of the two choices
-    assert ((rounded == lower) | (rounded == lower + 1)).all()
+    assert ((rounded == lower) | (rounded == lower + spec.spacing)).all()
 
 
-def test_learned_rounding_of_one_layer_comes_to_the_best_of_all_choices():
+@pytest.mark.parametrize("grid", ["full", "odd"])
+def test_learned_rounding_of_one_layer_comes_to_the_best_of_all_choices(grid):
     torch.manual_seed(0)
-    layer, spec = nn.Linear(6, 12, bias=False), QuantSpec(bits=3, granularity="channel")
+    layer, spec = nn.Linear(6, 12, bias=False), QuantSpec(bits=3, granularity="channel", grid=grid)
     x = torch.randn(64, 1) + torch.randn(64, 6)  # inputs have much in common, so that errors can cancel
     weight = layer.weight.detach().clone()
     model = nn.Sequential(layer)
@@ -73,7 +77,8 @@ def test_learned_rounding_of_one_layer_comes_to_the_best_of_all_choices():
         return ((dequantize(codes, scale) - weight) @ x.T).square().sum(-1)
 
     lower, _ = floor_codes(weight, scale, spec)
-    best = torch.stack([cost(lower + torch.tensor(bits)) for bits in itertools.product((0, 1), repeat=6)]).amin(0)
+    up = spec.spacing * torch.tensor(list(itertools.product((0, 1), repeat=6)))
+    best = torch.stack([cost(lower + choice) for choice in up]).amin(0)
     learned, nearest = cost(quantize(matrix, scale, spec)), cost(quantize(weight, scale, spec))
     assert (learned <= 1.0001 * best).float().mean() >= 0.9 > 0.8 >= (nearest <= 1.0001 * best).float().mean()
     assert (nearest - learned).sum() >= 0.95 * (nearest - best).sum()
@@ -96,8 +101,9 @@ def test_the_error_of_each_block_falls_and_weights_end_on_the_grid(tiny_llama, l
     assert torch.equal(logits(model), answered)  # fq(w) == w
 
 
-def test_hardened_codes_are_the_floor_or_one_above(tiny_llama):
-    model = inserted(tiny_llama())
+@pytest.mark.parametrize("scheme", [G32, ODD], ids=["full", "odd"])
+def test_hardened_codes_are_the_floor_or_one_above(tiny_llama, scheme):
+    model = inserted(tiny_llama(), scheme)
     before = {name: layer.matrix.detach().clone() for name, layer in layers(model).items()}
     method("rounding", steps=4)(model, runner(model))
     up = []
@@ -107,22 +113,24 @@ def test_hardened_codes_are_the_floor_or_one_above(tiny_llama):
         codes = quantize(layer.matrix.detach(), scale, spec)
         up.append(codes - lower)
         assert codes.min() >= spec.qmin and codes.max() <= spec.qmax
-    assert torch.cat([bits.flatten() for bits in up]).unique().tolist() == [0, 1]
+    assert torch.cat([bits.flatten() for bits in up]).unique().tolist() == [0, scheme.weight.spacing]
 
 
-def test_after_gptq_a_code_stays_or_moves_one_step_towards_the_float_weight(tiny_llama):
-    model, given = inserted(tiny_llama()), inserted(tiny_llama())
+@pytest.mark.parametrize("scheme", [G32, ODD], ids=["full", "odd"])
+def test_after_gptq_a_code_stays_or_moves_one_step_towards_the_float_weight(tiny_llama, scheme):
+    model, given = inserted(tiny_llama(), scheme), inserted(tiny_llama(), scheme)
     GPTQ()(given, runner(given))
     before = {name: layer.matrix.detach().clone() for name, layer in layers(model).items()}
     Reconstruction()(model, runner(model))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"):  # GPTQ saw the same inputs
-        layer, spec = layers(model)[name], G32.weight
+        layer, spec = layers(model)[name], scheme.weight
         scale = layer.weight_quantizer.scale.detach()
         chosen = quantize(layers(given)[name].matrix.detach(), scale, spec)
         moved = quantize(layer.matrix.detach(), scale, spec) - chosen
-        error = (before[name].unflatten(1, (-1, 32)) / scale.unsqueeze(-1)).flatten(1) - chosen
-        assert moved.abs().max() == 1
-        assert (moved * error >= 0).all()
+        ratio = (before[name].unflatten(1, (-1, 32)) / scale.unsqueeze(-1)).flatten(1)
+        covered = (ratio >= spec.qmin) & (ratio <= spec.qmax)  # beyond the grid there is no code on the weight's side
+        assert moved.abs().max() == spec.spacing
+        assert (moved * (ratio - chosen) >= 0)[covered].all()
 
 
 def test_a_later_block_answers_for_the_float_model_and_not_for_its_own_inputs(tiny_llama):
@@ -267,10 +275,6 @@ def test_what_it_cannot_treat_is_refused_before_anything_runs(tiny_llama):
         layer.weight_quantizer.estimator = LSQ(relative=True)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*estimator=lsq"):
         method("weights")(model, never)
-    odd = QuantScheme(weight=QuantSpec(bits=2, grid="odd", granularity="group", group_size=32))
-    with pytest.raises(ValueError, match=r"q_proj has the odd grid.*block_ap"):
-        method("rounding")(inserted(tiny_llama(), odd), never)
-    method("weights").check(inserted(tiny_llama(), odd))
     with pytest.raises(ValueError, match="nest the other way round"):
         Reconstruction(first=AWQ())
     with pytest.raises(ValueError, match="learn must be"):
