@@ -128,6 +128,12 @@ LEVERS = {
     "LoRA, rank 16": Lever(trainable="lora", grid=(1e-3, 3e-3)),
     "scales only": Lever(trainable="scales", grid=(1e-4, 3e-4, 1e-3)),  # the rate is the scales'
     "hidden states 1": Lever(hidden=1.0),
+    "hidden states 10": Lever(hidden=10.0),
+    "hidden states 1, from learned rounding": Lever(hidden=1.0, calibration="adaround"),
+    "2 bits without zero, from learned rounding": Lever(levels="odd", calibration="adaround"),
+    "2 bits without zero, hidden states 1, from learned rounding": Lever(
+        levels="odd", hidden=1.0, calibration="adaround"
+    ),
     "next token, hidden states 1": Lever(distillation=0.0, hidden=1.0),
     "480 steps": Lever(steps=480),
     "480 steps of 16 windows": Lever(steps=480, batch=16),

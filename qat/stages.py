@@ -31,13 +31,15 @@ from qat.callbacks.control import (
 )
 from qat.callbacks.coverage import layer_rows, measure_coverage
 from qat.callbacks.history import TrainHistory
-from qat.callbacks.measure import Measure
+from qat.callbacks.measure import Measure, Measured
+from qat.callbacks.recovery import measure_untrained
 from qat.callbacks.widths import search_widths
+from qat.checks import check, export_dtype
 from qat.diagnosis import WidthSearch
-from qat.export import check_exportable, write_float
+from qat.export import write_float
 from qat.fake_quantizer import Stage
 from qat.inference import load_packed
-from qat.insertion import plan, prepare, set_stage
+from qat.insertion import prepare, set_stage
 from qat.quiet import quiet
 from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
@@ -65,6 +67,7 @@ class Run:
         self.stages: dict[str, float] = {}
         self.started = time.monotonic()
         self.control: Control | None = None
+        self.untrained: dict[str, Measured] | None = None
         self.search: WidthSearch | None = None
         self.searched: dict[str, Any] = {}
 
@@ -77,24 +80,26 @@ class Run:
         with self._stage("load"):
             self.data = instantiate(self.cfg.data)
             self.schemes = self._schemes()
-            if self._post_training and not self.schemes.quantizes:
-                raise ValueError("trainer.max_steps=0 quantizes without training, and quant=none quantizes nothing")
             task = self._task()
             self._check(task)
         if self.schemes.quantizes:
             with self._stage("coverage"):
                 self._measure_coverage(task)
         del task  # large, and not needed before the control is there
-        if self.search is not None:
-            with self._stage("search widths"):
-                self._search_widths(self.search, self._task(), "sensitivity.json", self.digest)
-        if self.schemes.quantizes and self.cfg.control != "none" and not self._post_training:
+        controlled = self.schemes.quantizes and self.cfg.control != "none" and not self._post_training
+        if controlled:
             with self._stage("control"):
                 self._train_control()
+        if self.search is not None:
+            with self._stage("search widths"):
+                task = self._start()
+                self._search_widths(self.search, task, "sensitivity.json", weights_digest(task))
+                del task
+        if controlled:
             with self._stage("measure control"):
                 self._measure_control()
         with self._stage("calibrate" if self._post_training else "train"):
-            task = self._task()
+            task = self._start()
             (self._calibrate if self._post_training else self._train)(task)
         if self.search is not None and self.cfg.repeat_search:
             task = self._repeat(self.search, task)
@@ -143,37 +148,27 @@ class Run:
         self.data.tokenizer = self.tokenizer = tokenizer
         return instantiate(self.cfg.task, model=model, **{**self.cfg.optim, **optim})
 
+    def _start(self) -> L.LightningModule:
+        """`_task`, with the weights that quantization starts from."""
+        task = self._task()
+        if self.cfg.start == "control":
+            load_control(self.control_at, task)
+        return task
+
     def _check(self, task: L.LightningModule) -> None:
         """Whatever can be refused is refused here, before anything long."""
-        if self.cfg.control not in ("run", "cached", "none"):
-            raise ValueError(f"control must be run, cached or none, got {self.cfg.control!r}")
         self.data.setup()
+        check(self.cfg, task, self.schemes, self.search, self._quantization(), self._trainable())
         model: Any = task.model
-        trainable = self._trainable()
-        if self._post_training and not trainable.weights_learn:
-            raise ValueError("trainer.max_steps=0 trains nothing, so trainable=all is all there is to say of it")
-        if self.cfg.repeat_search and (not self.search or self._post_training or not trainable.weights_learn):
-            raise ValueError("repeat_search needs quant=auto, and steps in which weights learn: set it false")
-        if self.schemes.quantizes:
-            quantization = self._quantization()
-            quantized = quantization.quantized(task)
-            if self.search is not None:
-                self.search.budget(self.search.groups(quantized))
-            chosen = plan(quantized, self.schemes, quantization.estimator, quantization.input_estimator)
-            half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.cfg.trainer.precision)
-            check_exportable(self.schemes, chosen, self._export_dtype() or half or model.dtype, self.cfg.export_bits)
-            quantization.calibration.check(quantized)
-            if self.cfg.trainer.max_steps > 0:
-                quantization.check_schedule(self.cfg.trainer.max_steps)
-            trainable.check(quantized, chosen, quantization)
-            instantiate(self.cfg.callbacks.nested).check(chosen)
-            instantiate(self.cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
-        elif not trainable.weights_learn:
-            raise ValueError("quant=none trains no adapter (peft does, of a float model) and no scale: trainable=all")
-        instantiate(self.cfg.objective).check(task, self.cfg.callbacks.quantization.start_step, self.schemes.quantizes)
         check_positions(model, self.data.seq_len, "data.seq_len")
         self.digest, self.architecture = weights_digest(task), model.config.to_dict()
         check_resume(self.out, self.cfg, model=self.digest, batches=self.data.digest)
+
+    def _idle_trainer(self) -> L.Trainer:
+        """To measure with, outside of fit."""
+        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
+        trainer.datamodule = self.data  # type: ignore[attr-defined]
+        return trainer
 
     # -- callbacks ----------------------------------------------------------------------------------
 
@@ -183,17 +178,16 @@ class Run:
 
     def _trainable(self) -> Trainable:
         trainable, folder = instantiate(self.cfg.trainable), self.out / "adapter"
-        trainable.folder, trainable.base = None if folder.exists() else folder, self.cfg.model.name
+        if self.cfg.start == "float" and not folder.exists():  # others have that model, and not the control
+            trainable.folder, trainable.base = folder, self.cfg.model.name
         return trainable
 
     # -- widths -------------------------------------------------------------------------------------
 
     def _search_widths(self, search: WidthSearch, task: L.LightningModule, name: str, digest: str) -> None:
-        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
-        trainer.datamodule = self.data  # type: ignore[attr-defined]
         at = self.out / name
         try:
-            found = search_widths(search, task, trainer, self._quantization(), at, digest, self.cfg.resume)
+            found = search_widths(search, task, self._idle_trainer(), self._quantization(), at, digest, self.cfg.resume)
             self.schemes, self.searched = found
         except KeyboardInterrupt:
             sys.exit(f"stopped; finished widths are kept. It goes on with:\n  {resume_command(self.out)}")
@@ -214,7 +208,7 @@ class Run:
                 self._measure_control()
         with self._stage("train again"):
             self.trainer.strategy.optimizers, self.trainer.callbacks = [], []  # type: ignore[attr-defined]  # memory
-            again = self._task()
+            again = self._start()
             self._train(again, "checkpoints-2")
         before, now = (r.models["qat"]["validation"].loss for r in (first["recovery"], self.recovery))
         log.info("validation loss %.5f, %.5f with the widths found after training: the better stands", before, now)
@@ -225,8 +219,7 @@ class Run:
     # -- calibration data ---------------------------------------------------------------------------
 
     def _measure_coverage(self, task: L.LightningModule) -> None:
-        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
-        trainer.datamodule, quantization = self.data, self._quantization()  # type: ignore[attr-defined]
+        trainer, quantization = self._idle_trainer(), self._quantization()
         quantization.setup(trainer, task, "validate")
         instantiate(self.cfg.objective).check(task, quantization.start_step)
         self.reached = measure_coverage(task, trainer, quantization)
@@ -262,11 +255,13 @@ class Run:
         )
 
     def _measure_control(self) -> None:
+        trainer, quantization = self._idle_trainer(), self._quantization()
+        if self.cfg.start == "control":  # the float model, which training does not see
+            measure = Measure.before_fit(trainer, self._task(), quantization)
+            self.untrained = measure_untrained(measure, self._compared(quantization))
+            del measure
         task = self._task()
         load_control(self.control_at, task)
-        trainer = self._trainer(self.out / "checkpoints", [], logger=False)
-        trainer.datamodule = self.data  # type: ignore[attr-defined]
-        quantization = self._quantization()
         choices = {**CALIBRATIONS, quantization.calibration.name: quantization.calibration}
         self.control = measure_control(task, trainer, quantization, list(choices.values()))
 
@@ -285,7 +280,7 @@ class Run:
         if not self.schemes.quantizes:
             self.exported_to = self._export_folder()
             assert isinstance(task.model, torch.nn.Module)
-            write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=self._export_dtype())
+            write_float(task.model, self.exported_to, tokenizer=self.tokenizer, dtype=export_dtype(self.cfg))
             return
         if self.export.exported is None:  # resumed after the last step: Lightning had nothing left to run
             for callback in callbacks:
@@ -296,14 +291,18 @@ class Run:
     def _quantizing(self) -> list[L.Callback]:
         """The callbacks that quantize, measure and export, in the order in which they must be."""
         quantization = self._quantization()
-        ptq: dict[str, Calibration] = {"ptq": CALIBRATIONS["absmax"], "ptq_mse": CALIBRATIONS["mse"]}
-        if quantization.calibration.changes_weights and not self._post_training:
-            ptq["calibrated"] = quantization.calibration
-        self.recovery = Recovery(ptq, self.control)
+        self.recovery = Recovery(self._compared(quantization), self.control, self.untrained)
         self.export = Export(self._export_folder(), self.tokenizer, self.cfg.export_dtype, self.cfg.export_bits)
         self.health, oscillation = instantiate(self.cfg.callbacks.health), instantiate(self.cfg.callbacks.oscillation)
         learns = [self._trainable(), instantiate(self.cfg.callbacks.nested)]
         return [quantization, *learns, oscillation, self.health, self.recovery, self.export]
+
+    def _compared(self, quantization: QuantizationAwareTraining) -> dict[str, Calibration]:
+        """Post-training quantizations that QAT is compared with."""
+        ptq: dict[str, Calibration] = {"ptq": CALIBRATIONS["absmax"], "ptq_mse": CALIBRATIONS["mse"]}
+        if quantization.calibration.changes_weights and not self._post_training:
+            ptq["calibrated"] = quantization.calibration
+        return ptq
 
     def _calibrate(self, task: L.LightningModule) -> None:
         """Instead of training: quantize the model as it is, measure, export."""
@@ -326,12 +325,6 @@ class Run:
         self.export.on_train_end(trainer, task)
         assert self.export.exported is not None
         self.exported_to = self.export.exported.directory
-
-    def _export_dtype(self) -> torch.dtype | None:
-        name = self.cfg.export_dtype
-        if name not in (None, "bfloat16", "float16", "float32"):
-            raise ValueError(f"export_dtype must be bfloat16, float16, float32 or null, got {name!r}")
-        return getattr(torch, name) if name else None
 
     def _export_folder(self) -> Path:
         """`export`, or the next free `export-N`: a resumed run keeps what was exported before."""
@@ -377,6 +370,7 @@ class Run:
             "seed": self.cfg.seed,
             "calibration": self.cfg.calibration.name if self.schemes.quantizes else None,
             "objective": choices["objective"],
+            "start": self.cfg.start,
             "steps": self.trainer.global_step,
             "tokens": self.history.seen,
             "export_dir": str(self.exported_to),

@@ -33,12 +33,12 @@ MAY = {
     "resume": [],
     "quiet": [],
     "__init__": [*CORE, "calibration", "training"],
-    **dict.fromkeys(["stages", "trainer", "main", "cli"], None),  # anything
+    **dict.fromkeys(["checks", "stages", "trainer", "main", "cli"], None),  # anything
 }
 ONLY_IN = {
-    "lightning": {"callbacks", "tasks", "data", "stages", "trainer", "main"},
-    "hydra": {"config", "main", "stages", "trainer"},
-    "omegaconf": {"config", "main", "resume", "stages", "trainer"},
+    "lightning": {"callbacks", "tasks", "data", "checks", "stages", "trainer", "main"},
+    "hydra": {"config", "main", "checks", "stages", "trainer"},
+    "omegaconf": {"config", "main", "resume", "checks", "stages", "trainer"},
     "wandb": {"callbacks", "report"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

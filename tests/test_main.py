@@ -293,16 +293,16 @@ def test_a_search_repeated_with_trained_weights_keeps_the_better_model(second, j
 
 
 def test_a_resumed_run_trains_with_the_widths_it_chose_and_so_is_its_control_measured(job, monkeypatch, tmp_path):
-    out, kept = tmp_path / "run", Run._train_control
+    out, kept = tmp_path / "run", Run._measure_control
     words = [*job[1], "calibration=mse", *AUTO, f"hydra.run.dir={out}"]
 
     def kill(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_train_control", kill)
+    monkeypatch.setattr(Run, "_measure_control", kill)
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, *words)
-    monkeypatch.setattr(Run, "_train_control", kept)
+    monkeypatch.setattr(Run, "_measure_control", kept)
     # Another choice than a search would make: only who reads it can end with it.
     table = json.loads((out / "sensitivity.json").read_text())
     table["widths"] = {name: 8 if "self_attn" in name else 2 for name in table["widths"]}
@@ -415,6 +415,42 @@ def test_a_killed_and_resumed_run_exports_the_same_bytes(job, monkeypatch, tmp_p
     assert all(whole[name] == cut[name] for name in ("float_loss", "tokens", "steps"))
 
 
+def test_a_run_that_starts_from_its_control_quantizes_that_and_still_tells_what_the_float_model_lost(
+    job, monkeypatch, tmp_path
+):
+    _, words = job
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/float")
+    started, kept = [], Run._train
+
+    def note(self, task, *rest):
+        started.append({name: tensor.clone() for name, tensor in task.state_dict().items()})
+        kept(self, task, *rest)
+        teacher = next(c for c in self.trainer.callbacks if isinstance(c, Distillation)).teacher
+        assert all(torch.equal(tensor, started[-1][f"model.{name}"]) for name, tensor in teacher.state_dict().items())
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_train", note)
+    words = [*words, "start=control"]
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/whole")
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit):
+        stopped.setattr(Distillation, "on_train_batch_end", stop)
+        train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/cut")
+    train(monkeypatch, *words, "resume=true", f"hydra.run.dir={tmp_path}/cut")
+    assert len(started) == 3 and all(torch.equal(started[0][n], s[n]) for s in started for n in started[0])
+    summaries = {name: read_summary(tmp_path / name) for name in ("float", "whole", "cut")}
+    controls = [load_file(path) for path in (job[0] / "controls").glob("*/control.safetensors")]
+    assert any(all(torch.equal(control[name], started[0][name]) for name in control) for control in controls)
+    for name in ("float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "control_loss", "control_ptq_loss"):
+        assert len({summary[name] for summary in summaries.values()}) == 1
+    assert summaries["whole"]["qat_loss"] < summaries["float"]["qat_loss"]
+    assert [summaries[name]["start"] for name in ("float", "whole")] == ["float", "control"]
+    whole, cut = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
+
+
 def test_blocks_then_scales_are_one_run_that_goes_on_in_the_phase_where_it_was(job, monkeypatch, tmp_path):
     words = [w for w in job[1] if not w.startswith("recipe=")]
     words = ["recipe=llama_int4_blockwise", *words, "calibration.steps=4", "control=none"]
@@ -452,6 +488,12 @@ BAD = {
     "short corpus": (["data.source.path={folder}/short.txt"], "split of data text has no usable token"),
     "long windows": (["data.seq_len=128"], "longer than the model's 64 positions"),
     "bad control": (["control=maybe"], "control must be run, cached or none"),
+    "bad start": (["start=ptq"], "start must be float or control"),
+    "a start from no control": (["start=control", "control=none"], "needs a scheme, steps and control=cached"),
+    "a start from a control without steps": (
+        ["start=control", "trainer.max_steps=0"],
+        "needs a scheme, steps and control=cached",
+    ),
     "unknown export dtype": (["export_dtype=bfloat17"], "export_dtype must be bfloat16, float16, float32 or null"),
     "scales that the export cannot hold": (["export_dtype=float16"], "bfloat16 scales in a float16 model"),
     "scales of keys and values that the export cannot hold": (

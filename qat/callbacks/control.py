@@ -22,7 +22,6 @@ from qat.calibration import Calibration
 from qat.callbacks.measure import Measure, Measured
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.callbacks.recovery import Control
-from qat.insertion import insert
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +92,7 @@ def measure_control(
         calibrations: post-training quantizations to choose from.  One that changes weights and cannot treat these is
             left out, and the log says why: nobody asked for it, and the control took long to train.
     """
-    trainer.precision_plugin.convert_module(pl_module)
-    pl_module.to(trainer.strategy.root_device)
-    insert(
-        quantization.quantized(pl_module), quantization.schemes, quantization.estimator, quantization.input_estimator
-    )
-    measure = Measure(trainer, pl_module, quantization)
+    measure = Measure.before_fit(trainer, pl_module, quantization)
     in_float = measure.in_float("control")
     tried: dict[str, Measured] = {}
     for calibration in calibrations:

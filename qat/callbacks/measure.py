@@ -13,7 +13,7 @@ from qat.callbacks.batches import muted, step_losses
 from qat.callbacks.quantization import QuantizationAwareTraining
 from qat.evaluation.losses import DocumentLosses, evaluate
 from qat.fake_quantizer import Stage
-from qat.insertion import at_width, quantizers, set_stage, widths
+from qat.insertion import at_width, insert, quantizers, set_stage, widths
 
 T = TypeVar("T")
 
@@ -32,6 +32,21 @@ class Measure:
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, quantization: QuantizationAwareTraining):
         self.trainer, self.module, self.quantization = trainer, pl_module, quantization
+
+    @classmethod
+    def before_fit(
+        cls, trainer: L.Trainer, pl_module: L.LightningModule, quantization: QuantizationAwareTraining
+    ) -> "Measure":
+        """Of a float module that no `fit` has made ready; fake quantizers are inserted into it."""
+        trainer.precision_plugin.convert_module(pl_module)
+        pl_module.to(trainer.strategy.root_device)
+        insert(
+            quantization.quantized(pl_module),
+            quantization.schemes,
+            quantization.estimator,
+            quantization.input_estimator,
+        )
+        return cls(trainer, pl_module, quantization)
 
     def loaders(self) -> dict[str, Iterable[Any]]:
         """The held-out batches by split; a module without a datamodule has only `validation`.

@@ -31,6 +31,16 @@ class Control:
     calibration: str
 
 
+def measure_untrained(measure: Measure, calibrations: Mapping[str, Calibration]) -> dict[str, Measured]:
+    """Losses of the model as it is: `float`, each calibration by its name, and nested widths as `sliced_int<bits>`."""
+    found = {"float": measure.in_float("float")}
+    for name, calibration in calibrations.items():
+        found[name] = measure.post_training(name, calibration)
+    if widths(measure.module):  # what the high bits of the codes are worth before anything is trained
+        found |= measure.calibrated(measure.quantization.calibration, lambda: measure.narrower("sliced"))
+    return found
+
+
 class Recovery(L.Callback):
     """Measures float, PTQ, PTQ with better scales, and QAT at every validation and at the end.
 
@@ -41,15 +51,22 @@ class Recovery(L.Callback):
         calibrations: post-training quantizations to compare with, by the names of their losses; `ptq` is
             what recovery is measured from.
         control: the measured control, or None for no recovery over control.
+        untrained: what `measure_untrained` found of the float model, where training starts from other weights; None
+            for those that the module has when `fit` begins.
     """
 
-    def __init__(self, calibrations: Mapping[str, Calibration] | None = None, control: Control | None = None):
+    def __init__(
+        self,
+        calibrations: Mapping[str, Calibration] | None = None,
+        control: Control | None = None,
+        untrained: Mapping[str, Measured] | None = None,
+    ):
         if calibrations is None:
             calibrations = {"ptq": RangeCalibration("absmax", weight="absmax"), "ptq_mse": RangeCalibration("mse")}
         if "ptq" not in calibrations:
             raise ValueError(f"calibrations need one called ptq, which recovery is measured from: {list(calibrations)}")
         self.calibrations, self.control = calibrations, control
-        self.models: dict[str, Measured] = {}
+        self.models: dict[str, Measured] = dict(untrained or {})
         self.history: list[dict[str, float | None]] = []
         self._outputs: list[Losses] = []
 
@@ -57,13 +74,9 @@ class Recovery(L.Callback):
         if self.control is not None:
             self.models |= {"control": self.control.control, "control_ptq": self.control.ptq}
         if "float" in self.models:
-            return  # resumed: the weights are trained ones by now
+            return  # or resumed: the weights are trained ones by now
         measure = Measure(trainer, pl_module, quantization_of(trainer, "Recovery"))
-        self.models["float"] = measure.in_float("float")
-        for name, calibration in self.calibrations.items():
-            self.models[name] = measure.post_training(name, calibration)
-        if widths(pl_module):  # what the high bits of the codes are worth before anything is trained
-            self.models |= measure.calibrated(measure.quantization.calibration, lambda: measure.narrower("sliced"))
+        self.models |= measure_untrained(measure, self.calibrations)
 
     # -- while training -----------------------------------------------------------------------------
 

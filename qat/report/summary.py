@@ -17,8 +17,8 @@ FILE = "summary.json"
 
 # What a missing key means.  Tuples are read as "one of these types".
 _TEXT = (
-    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "control_ptq_calibration",
-    "export_dir", "sensitivity_metric", "unit",
+    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "start",
+    "control_ptq_calibration", "export_dir", "sensitivity_metric", "unit",
 )  # fmt: skip
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
@@ -226,6 +226,18 @@ def shrinkage(summary: dict[str, Any]) -> float | None:
     return whole / packed if packed and whole else None
 
 
+def _taught_nothing_new(summary: dict[str, Any]) -> str:
+    """What to try where the control learned from the data and QAT, distilled from the float model, could not."""
+    learned = next((m["difference_interval"] for m in summary["models"] if m["name"] == "control"), None)
+    distilled = summary["objective"] == "distillation" and summary["start"] != "control"
+    if not distilled or learned is None or None in learned or learned[1] >= 0:
+        return ""
+    return (
+        " The control learned from this data what its float model does not know, and so cannot teach: start=control "
+        "fine-tunes first and distills from that."
+    )
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """One sentence: did training through the quantizer beat fine-tuning first and quantizing after, how surely?"""
     delta, interval = summary["qat_minus_control_ptq"], summary["qat_minus_control_ptq_interval"]
@@ -243,7 +255,8 @@ def verdict(summary: dict[str, Any]) -> str:
             )
         low, high = sorted(1e3 * abs(v) for v in interval)
         word = "beat" if delta < 0 else "did worse than"
-        return f"QAT {word} {rival}, by {gap} (95 % interval {number(low, 1)} to {number(high, 1)})."
+        found = f"QAT {word} {rival}, by {gap} (95 % interval {number(low, 1)} to {number(high, 1)})."
+        return found if delta < 0 else found + _taught_nothing_new(summary)
     if qat is not None and summary["steps"]:
         if ptq is None:
             return "QAT was trained, but nothing it could be compared with was measured."

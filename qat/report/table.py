@@ -20,7 +20,18 @@ from qat.report.summary import (
 )
 
 # Runs that agree in all of these and differ in their seed are repetitions of one experiment.
-_EXPERIMENT = ("recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "steps", "tokens")
+_EXPERIMENT = (
+    "recipe",
+    "scheme",
+    "model",
+    "data",
+    "corpus_digest",
+    "calibration",
+    "objective",
+    "start",
+    "steps",
+    "tokens",
+)
 
 # What `compare` shows of a run, by the names of the summary.
 _FIGURES = (
@@ -85,6 +96,7 @@ def heading(summary: dict[str, Any]) -> str:
     """What a run was: `llama_int4_qat · w4a16-g128 · 300 steps · seed 0`."""
     steps, seed = summary["steps"], summary["seed"]
     parts = [summary["recipe"], summary["scheme"], None if steps is None else f"{number(steps, 0)} steps"]
+    parts.append("from the control" if summary["start"] == "control" else None)
     return " · ".join(str(part) for part in [*parts, None if seed is None else f"seed {seed}"] if part is not None)
 
 

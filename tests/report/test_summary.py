@@ -120,6 +120,27 @@ def test_verdict_claims_no_more_than_was_measured(tmp_path, values, words):
     assert re.search(words, verdict(read_summary(write(tmp_path, SMALL | values))))
 
 
+@pytest.mark.parametrize(
+    ("delta", "learned", "values", "advised"),
+    [
+        (0.006, [-0.019, -0.008], {}, True),
+        (0.006, [-0.019, 0.008], {}, False),
+        (0.006, None, {}, False),
+        (0.006, [-0.019, -0.008], {"start": "control"}, False),
+        (0.006, [-0.019, -0.008], {"objective": "next_token"}, False),
+        (-0.006, [-0.019, -0.008], {}, False),
+    ],
+    ids=["the control learned", "it may have", "no interval", "from it already", "no teacher", "QAT was better"],
+)  # fmt: skip
+def test_a_control_that_learned_what_the_teacher_does_not_know_is_named_as_the_start(
+    tmp_path, delta, learned, values, advised
+):
+    control = {"name": "control", "loss": 2.0, "difference_interval": learned}
+    values = {"objective": "distillation", "start": "float", "models": [*SMALL["models"], control], **values}
+    values |= against(delta, [delta - 0.001, delta + 0.001])
+    assert ("start=control" in verdict(read_summary(write(tmp_path, SMALL | values)))) is advised
+
+
 def test_shrinkage_needs_both_sizes(tmp_path):
     assert shrinkage(read_summary(write(tmp_path, SMALL | {"float_bytes": 8}))) is None
     assert shrinkage(read_summary(write(tmp_path, SMALL | {"float_bytes": 8, "packed_bytes": 2}))) == 4

@@ -86,7 +86,16 @@ def test_the_calibration_that_won_may_differ_between_seeds(summary):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 400}, {"scheme": "w8a16"}, {"calibration": "awq"}, {"objective": "x"}, {"seed": 0}], ids=str
+    "change",
+    [
+        {"steps": 400},
+        {"scheme": "w8a16"},
+        {"calibration": "awq"},
+        {"objective": "x"},
+        {"start": "control"},
+        {"seed": 0},
+    ],
+    ids=str,
 )
 def test_runs_that_differ_otherwise_get_no_mean(summary, change):
     rows = compare_rows([summary(), summary(**{"seed": 1} | change)])
