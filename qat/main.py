@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qat.config import CONF, check_overrides, register_recipes
+from qat.resume import alone
 
 log = logging.getLogger("qat")
 
@@ -60,6 +61,9 @@ def _check_folder(words: list[str]) -> None:
             f"the run folder {folder} exists and holds a run: choose another hydra.run.dir, or go on with it by "
             "resume=true"
         )
+    if "hydra.run.dir" in given and folder.is_dir():
+        with alone(folder):
+            pass
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -102,7 +106,8 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
 
     if _holds_a_run(out) and not cfg.resume:
         raise ValueError(f"the run folder {out} holds a run: choose another, or go on with it by resume=true")
-    return Run(cfg, out).all()
+    with alone(out):
+        return Run(cfg, out).all()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 RECORD = "run.json"
@@ -46,6 +48,24 @@ def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
                 f"{out} was started with {key}={before.get(key)}, and resume=true goes on with that, not with "
                 f"{now.get(key)}: leave {key} as it was, or start a new run in another hydra.run.dir"
             )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is created, against other processes; a kill lets it go.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process runs in {folder}: wait until it has ended, or choose another hydra.run.dir"
+        ) from None
+    with held:
+        yield
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from qat.callbacks.control import (
     WEIGHTS,
     Control,
     control_folder,
+    hold_control,
     load_control,
     measure_control,
     train_control,
@@ -243,16 +244,18 @@ class Run:
             versions=[__version__, torch.__version__],
             **mixed,
         )
-        if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
-            log.info("control trained before: %s", self.control_at)
-            return
-        log.info("training the float control (kept in %s)", self.control_at)
-        train_control(
-            self.control_at,
-            self._task(lr=lr),
-            self.data,
-            lambda at: self._trainer(at, [instantiate(o) for o in mixed.values()], logger=False, limit_val_batches=0),
-        )
+        with hold_control(self.control_at):
+            if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
+                log.info("control trained before: %s", self.control_at)
+                return
+            log.info("training the float control (kept in %s)", self.control_at)
+            callbacks = [instantiate(objective) for objective in mixed.values()]
+            train_control(
+                self.control_at,
+                self._task(lr=lr),
+                self.data,
+                lambda at: self._trainer(at, callbacks, logger=False, limit_val_batches=0),
+            )
 
     def _measure_control(self) -> None:
         trainer, quantization = self._idle_trainer(), self._quantization()

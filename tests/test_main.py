@@ -629,6 +629,36 @@ def test_a_folder_that_holds_a_run_is_not_written_into(job, monkeypatch, tmp_pat
     assert sorted(out.rglob("*")) == before
 
 
+def test_a_folder_in_which_another_process_runs_is_refused_until_that_ends(job, monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    words = [*job[1], "control=none", f"hydra.run.dir={out}"]
+    held = "from filelock import FileLock; lock = FileLock(r'%s').acquire(); print('held', flush=True); input()"
+    out.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", held % (out / ".lock")], stdin=-1, stdout=-1, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit, match=r"another process runs in .*/run: wait until it has ended"):
+        train(monkeypatch, *words)
+    assert [path.name for path in out.iterdir()] == [".lock"]  # Hydra wrote nothing over the other's files
+    other.kill()
+    other.communicate()
+    train(monkeypatch, *words)
+    assert read_summary(out)["qat_loss"] is not None
+
+
+def test_two_runs_at_once_train_their_control_once(job, tmp_path):
+    words = [w for w in job[1] if not w.startswith("control_dir")] + [f"control_dir={tmp_path}/controls"]
+    runs = [
+        subprocess.Popen(command([*words, f"hydra.run.dir={tmp_path}/{name}"]), stdout=-1, stderr=-2, text=True)
+        for name in "ab"
+    ]
+    shown = [run.communicate(timeout=240)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], shown
+    assert sum("training the float control" in output for output in shown) == 1
+    assert sum("control trained before" in output for output in shown) == 1
+    losses = [read_summary(tmp_path / name)["control_loss"] for name in "ab"]
+    assert losses[0] == losses[1]
+
+
 def test_hydras_own_config_dir_brings_choices_of_the_users(job, monkeypatch, tmp_path):
     (tmp_path / "mine" / "quant").mkdir(parents=True)
     own = OmegaConf.load(ROOT / "conf" / "quant" / "w4a16.yaml")

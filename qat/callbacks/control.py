@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -46,6 +48,20 @@ def control_folder(root: Path, trainer: Mapping[str, Any], **inputs: Any) -> Pat
     """
     inputs["trainer"] = {k: v for k, v in trainer.items() if not k.startswith(_SHOWN)}
     return root / hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def hold_control(folder: Path) -> Iterator[None]:
+    """Keep other processes from training the control of `folder`, which is created; waits for one that does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another run, which trains the same control")
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def train_control(
