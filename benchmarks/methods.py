@@ -129,6 +129,7 @@ LEVERS = {
     "scales only": Lever(trainable="scales", grid=(1e-4, 3e-4, 1e-3)),  # the rate is the scales'
     "hidden states 1": Lever(hidden=1.0),
     "hidden states 10": Lever(hidden=10.0),
+    "hidden states 100": Lever(hidden=100.0),
     "hidden states 1, from learned rounding": Lever(hidden=1.0, calibration="adaround"),
     "2 bits without zero, from learned rounding": Lever(levels="odd", calibration="adaround"),
     "2 bits without zero, hidden states 1, from learned rounding": Lever(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import RandomSampler
 
 from qat.calibration import Calibration
 from qat.callbacks.batches import muted, step_losses
@@ -55,7 +56,7 @@ class Measure:
         nothing that is measured around them.
 
         Raises:
-            ValueError: a split has no loader or several, or a share of a split comes to no batch.
+            ValueError: a split has no loader, several, or one that shuffles, or a share of it comes to no batch.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
@@ -79,6 +80,8 @@ class Measure:
                 f"{split}_dataloader gives several loaders, and documents are numbered through one: join their "
                 "datasets (torch.utils.data.ConcatDataset)"
             )
+        if isinstance(getattr(loader, "sampler", None), RandomSampler):
+            raise ValueError(f"{split}_dataloader shuffles, and models are compared batch by batch: shuffle=False")
         if limit == 0 or (limit == 1 and isinstance(limit, float)):  # 1.0 is all, 1 is one
             return loader
         count = limit if isinstance(limit, int) else int(len(loader) * limit)

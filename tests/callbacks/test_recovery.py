@@ -9,6 +9,7 @@ from digits import Classifier, digits, int4, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from qat.calibration import RangeCalibration
 from qat.callbacks import QuantizationAwareTraining, Recovery
@@ -87,6 +88,12 @@ def test_several_validation_loaders_are_refused_with_the_remedy(kind):
 
     with pytest.raises(ValueError, match=r"val_dataloader gives several loaders.*ConcatDataset"):
         trainer(int4(), Recovery(), limit_val_batches=2).fit(Several(), LOADERS[0], kind([LOADERS[1], LOADERS[1]]))
+
+
+def test_a_validation_loader_that_shuffles_is_refused():
+    loader = DataLoader(LOADERS[1].dataset, batch_size=2, shuffle=True)
+    with pytest.raises(ValueError, match=r"val_dataloader shuffles.*shuffle=False"):
+        trainer(int4(), Recovery(), limit_val_batches=None).fit(Classifier(), LOADERS[0], loader)
 
 
 def test_a_list_of_one_loader_is_that_loader():
