@@ -130,10 +130,11 @@ LEVERS = {
     "hidden states 1": Lever(hidden=1.0),
     "hidden states 10": Lever(hidden=10.0),
     "hidden states 100": Lever(hidden=100.0),
-    "hidden states 1, from learned rounding": Lever(hidden=1.0, calibration="adaround"),
+    "hidden states 10, from learned rounding": Lever(hidden=10.0, calibration="adaround"),
+    "hidden states 10, from rotation, then GPTQ": Lever(hidden=10.0, calibration="rotation, gptq"),
     "2 bits without zero, from learned rounding": Lever(levels="odd", calibration="adaround"),
-    "2 bits without zero, hidden states 1, from learned rounding": Lever(
-        levels="odd", hidden=1.0, calibration="adaround"
+    "2 bits without zero, hidden states 10, from learned rounding": Lever(
+        levels="odd", hidden=10.0, calibration="adaround"
     ),
     "next token, hidden states 1": Lever(distillation=0.0, hidden=1.0),
     "480 steps": Lever(steps=480),

@@ -141,6 +141,8 @@ class QuantizationAwareTraining(L.Callback):
                 f"{type(pl_module).__name__} has no fake quantizer: its configure_model builds the model after "
                 "insertion. Call qat.insert(self.model, schemes) at the end of configure_model"
             )
+        if trainer.max_steps > 0:  # epochs may end it sooner: on_train_start knows
+            self.check_schedule(trainer.max_steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handles = [h for optimizer in trainer.optimizers for h in scale_steps(optimizer, pl_module)]

@@ -182,6 +182,13 @@ def test_recovery_needs_the_quantization_callback():
         trainer(Recovery(), limit_val_batches=None).fit(Classifier(), *LOADERS)
 
 
+def test_a_schedule_that_trains_nothing_is_refused_before_anything_is_measured():
+    recovery = Recovery()
+    with pytest.raises(ValueError, match="start_step=6 leaves no step that trains through"):
+        trainer(int4(start_step=6), recovery, steps=6, limit_val_batches=None).fit(Classifier(), *LOADERS)
+    assert not recovery.models
+
+
 def test_the_control_is_trained_once_and_equals_plain_training(tmp_path):
     folder = control_folder(tmp_path, {"max_steps": 6}, model=weights_digest(Classifier()))
     train_control(folder, Classifier(), Data(), lambda checkpoints: trainer(steps=6))
