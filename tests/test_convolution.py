@@ -88,6 +88,23 @@ def test_a_convolutional_network_goes_the_whole_way(inputs, calibration, tmp_pat
         assert torch.equal(packed(IMAGES).logits, logits)
 
 
+def test_a_packed_network_without_a_parameter_runs_on_every_backend(tmp_path, monkeypatch):
+    monkeypatch.setattr("qat.inference.load.use_cpu_kernels", lambda model, dtype: None)  # compiling takes too long
+    model, schemes = resnet(), uniform(QuantSpec(bits=8, granularity="channel"), kinds=("linear", "conv"))
+    prepare(model, schemes)
+    insert(model, schemes)
+    CALIBRATIONS["absmax"](model, lambda: None)
+    set_stage(model, Stage.FROZEN)
+    with torch.no_grad(), record(model) as recorded:
+        logits = model(IMAGES).logits
+    export(model, recorded, tmp_path / "m")
+    for backend in ("cpu", "auto", "torch"):
+        packed, _ = load_packed(tmp_path / "m", backend=backend)
+        assert not list(packed.parameters())
+        with torch.no_grad():
+            torch.testing.assert_close(packed(IMAGES).logits, logits)
+
+
 @pytest.mark.parametrize("padding", [0, 1, "same"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_a_convolution_is_its_matrix_times_its_rows(padding, mode):

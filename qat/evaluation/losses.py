@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,11 @@ def evaluate(
 
 
 def to_device(batch: Any, module: torch.nn.Module) -> Any:
-    """`batch`, of any mappings and sequences, with its tensors on the device of `module`'s first parameter."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    """`batch`, of any mappings and sequences, with its tensors on the device of `module`'s first tensor.
+
+    That is a parameter, or a buffer where there is none: a packed network whose batch norms are folded is all buffers.
+    """
+    device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device), allow_frozen=True)
 
 

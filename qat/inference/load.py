@@ -78,7 +78,7 @@ def load_packed(
         _use(backend, model)
     _move(model.eval(), device)
     if backend == "cuda":
-        use_cuda_kernels(model, model.dtype)
+        use_cuda_kernels(model, model.config.dtype)
     return model, _tokenizer(directory)
 
 
@@ -99,14 +99,14 @@ def _use(backend: Backend, model: Any) -> None:
     """Put the packed layers of a model on the CPU on what `backend` says."""
     if backend in ("cpu", "auto"):
         try:
-            return use_cpu_kernels(model, model.dtype)
+            return use_cpu_kernels(model, model.config.dtype)
         except BuildError as error:
             if backend == "cpu":
                 raise ValueError(f"backend cpu: {error}\nuse backend=torch or backend=reference") from error
             log.warning("no CPU kernels (%s): using torch's slower operators", str(error).splitlines()[0])
             log.debug("%s", error)
     if backend != "reference":
-        use_torch_operators(model, model.dtype)
+        use_torch_operators(model, model.config.dtype)
 
 
 def _weights(directory: Path) -> list[Path]:
@@ -168,13 +168,14 @@ def empty_model(
     kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageClassification
     with no_init_weights():
         model = kind.from_config(config, dtype=dtype or config.dtype)
+    model.config.dtype = model.dtype  # which it takes from a parameter, and there may soon be none left
     model.tie_weights()
     unfuse_experts(model, lambda experts: any(name.startswith(f"{experts}.") for name in schemes))
     fold_batch_norms(model, schemes.__contains__)
     for name, scheme in schemes.items():
         shared: dict[str, Tensor] = {}
         for owner in owners(model, model.get_submodule(name).weight):  # type: ignore[arg-type]
-            packed = packed_layer(model.get_submodule(owner), scheme, model.dtype)
+            packed = packed_layer(model.get_submodule(owner), scheme, model.config.dtype)
             packed._buffers |= shared  # a table that embedding and output layer share
             shared = {"packed": packed.packed, "scale": packed.scale}
             model.set_submodule(owner, packed)

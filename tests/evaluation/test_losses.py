@@ -128,3 +128,9 @@ def test_a_tokenizers_batch_moves_and_stays_one():
     module = nn.Linear(1, 1, device="meta")
     moved = to_device(BatchEncoding({"input_ids": torch.zeros(1, 2)}), module)
     assert type(moved) is BatchEncoding and moved.input_ids.device.type == "meta"
+
+
+def test_a_module_without_a_parameter_has_its_batch_where_its_buffers_are():
+    module = nn.Module()
+    module.register_buffer("packed", torch.zeros(1, device="meta"))
+    assert to_device({"a": torch.zeros(1)}, module)["a"].device.type == "meta"
