@@ -142,6 +142,7 @@ class Run:
         """A fresh LightningModule around the float model; equal every time it is called with equal settings."""
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
+        self.float_bytes = 2 * sum(p.numel() for p in model.parameters())  # in 16 bits, as it is served
         if self.schemes.quantizes:  # here, so that the control is trained as QAT is
             prepare(model, self.schemes)
             if self.cfg.callbacks.quantization.untie:
@@ -388,8 +389,8 @@ class Run:
         artifact = self.export.exported
         assert artifact is not None
         return {
-            "float_bytes": artifact.float_bytes,
-            "packed_bytes": artifact.packed_bytes,
+            "model_float_bytes": self.float_bytes,
+            **artifact.sizes,
             "layers": layer_rows(artifact, self.reached),
             "history": self.recovery.history,
             "health": self.health.rows,

@@ -33,7 +33,8 @@ PROMISED = {
     "recipe", "scheme", "model", "data", "corpus_digest", "seed", "steps", "tokens", "float_loss", "ptq_loss",
     "ptq_mse_loss", "qat_loss", "control_loss", "control_ptq_loss", "packed_loss", "qat_minus_control_ptq",
     "qat_minus_control_ptq_interval", "recovery", "recovery_interval", "recovery_over_control",
-    "recovery_over_control_interval", "float_bytes", "packed_bytes", "export_dir", "seconds", "versions",
+    "recovery_over_control_interval", "float_bytes", "packed_bytes", "model_float_bytes", "model_packed_bytes",
+    "export_dir", "seconds", "versions",
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def train(monkeypatch, *words: str) -> None:
 
 
 def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_path, capsys):
-    _, words = job
+    folder, words = job
     out = tmp_path / "run"
     train(monkeypatch, *words, f"hydra.run.dir={out}")
     raw = json.loads((out / "summary.json").read_text())
@@ -70,6 +71,8 @@ def test_the_main_job_ends_with_everything_it_promises(job, monkeypatch, tmp_pat
     assert raw["packed_loss"] == pytest.approx(raw["qat_loss"], abs=1e-6)  # the same float32 products, summed alike
     assert raw["steps"] == 8 and raw["tokens"] == 8 * 4 * 32
     assert raw["packed_bytes"] / raw["float_bytes"] == pytest.approx((128 / 2 + 2) / 256)  # a row of 128: codes, scale
+    assert raw["model_float_bytes"] == 2 * AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters()
+    assert raw["model_packed_bytes"] > raw["packed_bytes"]
     assert [row["step"] for row in raw["history"]] == [4, 8]
     assert {(row["tokens"], row["dead_inputs"]) for row in raw["layers"]} == {(128 * 32, 0)}
     assert raw["control_loss"] < raw["float_loss"]  # it was trained

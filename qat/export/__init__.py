@@ -88,6 +88,7 @@ class Artifact:
         directory: where.
         float_bytes: of the quantized layers' weights in bfloat16.
         packed_bytes: of their codes and scales.
+        model_packed_bytes: of the whole model: of all tensors that were written.
         layers: in the model's order.
         attentions: dotted names of those whose keys and values are quantized.
     """
@@ -95,8 +96,14 @@ class Artifact:
     directory: Path
     float_bytes: int
     packed_bytes: int
+    model_packed_bytes: int
     layers: tuple[ExportedLayer, ...]
     attentions: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The fields of bytes, by name."""
+        return {name: getattr(self, name) for name in ("float_bytes", "packed_bytes", "model_packed_bytes")}
 
 
 def export(
@@ -133,7 +140,7 @@ def export(
         )
     dtypes = {name: used.weight_dtype for name, used in recorded.items() if isinstance(used, Recorded)}
     folded = {name: fold(layer, dtypes[name], name) for name, layer in quantized.items()}
-    compressed_tensors.write(
+    written = compressed_tensors.write(
         model,
         folded,
         directory,
@@ -150,6 +157,7 @@ def export(
         directory=Path(directory),
         float_bytes=sum(2 * layer.shape[0] * layer.shape[1] for layer in described),
         packed_bytes=sum(layer.bytes for layer in described),
+        model_packed_bytes=written,
         layers=described,
         attentions=tuple(attentions),
     )

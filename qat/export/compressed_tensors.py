@@ -46,7 +46,7 @@ def write(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
     check: Callable[[Path], object] | None = None,
-) -> None:
+) -> int:
     """Write `model` with the layers in `folded`, and `key_values`, quantized.
 
     Args:
@@ -59,6 +59,9 @@ def write(
         provenance: plain values for `qat.json`.
         check: called with the written directory before it takes its name; what it raises stops the export, and a
             VerificationError leaves the directory under another name.
+
+    Returns:
+        Bytes of all tensors that were written.
 
     Raises:
         ValueError: `directory` exists, or a scheme has no place in this format.
@@ -82,8 +85,8 @@ def write(
         log.info("compressed-tensors knows no %s (%s): written in qat's own form, for load_packed only", what, strange)
     if cache is not None and cache.dynamic:
         log.info("compressed-tensors knows no keys and values with a scale a token: in float but for load_packed")
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20)
-    with atomic_directory(directory, needed, (VerificationError,)) as partial:
+    written = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_directory(directory, written + (1 << 20), (VerificationError,)) as partial:
         _write_config(partial, model, folded, cache, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -93,6 +96,7 @@ def write(
         )
         if check is not None:
             check(partial)
+    return written
 
 
 def write_float(

@@ -56,7 +56,6 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         heading=heading(summary),
         verdict=verdict(summary),
         figures=figures(summary),
-        times=shrinkage(summary),
         titles={name: title(summary, name) for name in (*TITLES, *(row["name"] for row in summary["models"]))},
         plots=_plots(summary),
         scalars=_scalars(summary),
@@ -256,15 +255,15 @@ def _draw_health(axes: Any, summary: dict[str, Any]) -> str:
 
 
 def _draw_bytes(axes: Any, summary: dict[str, Any]) -> str:
-    sizes = [summary["float_bytes"], summary["packed_bytes"]]
-    _bars(axes, ["float", "packed"], sizes, ["float", "qat"])
-    for i, count in enumerate(sizes):
+    counts = [summary["model_float_bytes"], summary["model_packed_bytes"]]
+    _bars(axes, ["16 bits", "packed"], counts, ["float", "qat"])
+    for i, count in enumerate(counts):
         axes.annotate(size(count), (count, i), (5, 0), textcoords="offset points", va="center")
-    axes.set_xlim(0, 1.3 * max(sizes))
+    axes.set_xlim(0, 1.3 * max(counts))
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
-    return f"Packed is {number(shrinkage(summary), 2)} times smaller."
+    return f"The whole model: packed it is {number(shrinkage(summary), 2)} times smaller."
 
 
 def _shared_path(names: list[str]) -> str:

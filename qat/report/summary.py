@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FILE = "summary.json"
 
@@ -23,7 +23,7 @@ _TEXT = (
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
     "control_ptq_loss", "packed_loss", "qat_minus_control_ptq", "recovery", "recovery_over_control",
-    "float_bytes", "packed_bytes", "seconds", "budget_bits",
+    "float_bytes", "packed_bytes", "model_float_bytes", "model_packed_bytes", "seconds", "budget_bits",
 )  # fmt: skip
 _INTERVALS = ("qat_minus_control_ptq_interval", "recovery_interval", "recovery_over_control_interval")
 _MAPPINGS = ("stages", "versions")
@@ -220,10 +220,27 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def shrinkage(summary: dict[str, Any]) -> float | None:
-    """How many times smaller the packed model is than the float one."""
-    packed, whole = summary["packed_bytes"], summary["float_bytes"]
+def shrinkage(summary: dict[str, Any], part: Literal["model", "layers"] = "model") -> float | None:
+    """How many times smaller than in 16 bits the packed model is, or its quantized layers alone.
+
+    None where the summary does not say: those written before the whole model was counted know the layers only.
+    """
+    prefix = "model_" if part == "model" else ""
+    packed, whole = summary[f"{prefix}packed_bytes"], summary[f"{prefix}float_bytes"]
     return whole / packed if packed and whole else None
+
+
+def sizes(summary: dict[str, Any]) -> str:
+    """Bytes of the packed model and of the float one, in words; of the quantized layers where no more is known."""
+    model, layers = shrinkage(summary), shrinkage(summary, "layers")
+    if layers is None:
+        return "— (nothing was exported)"
+    if model is None:
+        packed, whole = size(summary["packed_bytes"]), size(summary["float_bytes"])
+        return f"quantized layers: {packed} packed, {whole} in 16 bits, {number(layers, 2)} times smaller"
+    packed, whole = size(summary["model_packed_bytes"]), size(summary["model_float_bytes"])
+    times = f"{number(model, 2)} times smaller (quantized layers {number(layers, 2)})"
+    return f"{packed} packed, {whole} in 16 bits, {times}"
 
 
 def _taught_nothing_new(summary: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from qat.report.summary import (
     ratio,
     shrinkage,
     size,
+    sizes,
     title,
     verdict,
 )
@@ -102,15 +103,14 @@ def heading(summary: dict[str, Any]) -> str:
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of a run that stand beside the losses: (label, text), with a reason where there is no value."""
-    delta, times = summary["qat_minus_control_ptq"], shrinkage(summary)
+    delta = summary["qat_minus_control_ptq"]
     against = millinats(delta, summary["qat_minus_control_ptq_interval"]) + " millinats"
     why = summary["qat_minus_control_ptq_reason"] or "no control was run"
-    packed = f"{size(summary['packed_bytes'])} packed, {size(summary['float_bytes'])} float"
     return [
         ("QAT - PTQ(control)", against if delta is not None else f"— ({why})"),
         ("recovery over control", ratio(summary, "recovery_over_control")),
         ("recovery", ratio(summary, "recovery")),
-        ("size", f"{packed}, {number(times, 2)} times smaller" if times else "— (nothing was exported)"),
+        ("size", sizes(summary)),
         ("export", summary["export_dir"] or "— (none)"),
         ("time", duration(summary["seconds"])),
     ]
@@ -122,8 +122,9 @@ def compare_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         Plain values for tables and JSON: `run` (the folder), `recipe`, `scheme`, `seed`, `steps`, the losses
         in nats per token, `qat_minus_control_ptq` with its interval, `recovery_over_control`, `bytes_ratio`
-        and `seconds`.  A mean row has `seed: "mean of n"` and, for each figure, `<name>_sd`: the standard
-        deviation over the seeds.  A mean is None where any of its runs has no value.
+        (the whole model in 16 bits over the packed one) and `seconds`.  A mean row has `seed: "mean of n"`
+        and, for each figure, `<name>_sd`: the standard deviation over the seeds.  A mean is None where any of
+        its runs has no value.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for summary in summaries:
@@ -195,6 +196,7 @@ def compare_table(summaries: list[dict[str, Any]], width: int | None = None) -> 
         table.add_row(*cells, style="bold" if is_mean else None, end_section=is_mean)
     reasons = sorted({r for s in summaries if (r := s["recovery_over_control_reason"])})
     notes = [f"recovery over control —: {reason}" for reason in reasons]
+    notes += ["times smaller: the whole model, than in 16 bits"] if "bytes_ratio" in shown else []
     notes += [f"left out at this width: {', '.join(left_out)} (--json has them)"] if left_out else []
     return Group(table, *(Text(note, style="dim") for note in notes))
 

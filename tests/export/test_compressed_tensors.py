@@ -198,6 +198,8 @@ def test_bytes_and_errors_are_those_of_the_layers(scheme, tiny_llama, quantize_m
     numel = sum(layer.weight.numel() for layer in layers(model).values())
     assert artifact.float_bytes == 2 * numel
     assert artifact.packed_bytes == numel // 2 + 2 * numel // 32
+    written = load_file(tmp_path / "m" / "model.safetensors").values()
+    assert artifact.model_packed_bytes == sum(tensor.nbytes for tensor in written)
     first = artifact.layers[0]
     weight = layers(model)[first.name].weight.detach()
     used = recorded[first.name]

@@ -22,7 +22,8 @@ SMALL = {
     ],
 }  # fmt: skip
 FULL = SMALL | {
-    "float_bytes": 400, "packed_bytes": 100, "export_dir": "here/export",
+    "float_bytes": 400, "packed_bytes": 100, "model_float_bytes": 500, "model_packed_bytes": 200,
+    "export_dir": "here/export",
     "history": [{"step": s, "qat_loss": 2.1 - s / 1e4, "recovery": s / 100,
                  "recovery_over_control": None if s < 50 else s / 500}
                 for s in (0, 50, 100)],
@@ -150,7 +151,7 @@ def test_only_the_worst_of_many_layers_are_drawn(full):
     "absent",
     [
         ["history", "train_history"],
-        ["layers", "packed_bytes", "export_dir"],
+        ["layers", "packed_bytes", "model_packed_bytes", "export_dir"],
         ["control_loss", "control_ptq_loss", "qat_minus_control_ptq", "recovery_over_control"],
         [name for name in FULL if name not in ("recipe", "scheme", "models")],
     ],

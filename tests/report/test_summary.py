@@ -141,6 +141,9 @@ def test_a_control_that_learned_what_the_teacher_does_not_know_is_named_as_the_s
     assert ("start=control" in verdict(read_summary(write(tmp_path, SMALL | values)))) is advised
 
 
-def test_shrinkage_needs_both_sizes(tmp_path):
-    assert shrinkage(read_summary(write(tmp_path, SMALL | {"float_bytes": 8}))) is None
-    assert shrinkage(read_summary(write(tmp_path, SMALL | {"float_bytes": 8, "packed_bytes": 2}))) == 4
+@pytest.mark.parametrize(("prefix", "part"), [("model_", "model"), ("", "layers")])
+def test_shrinkage_needs_both_sizes(tmp_path, prefix, part):
+    sizes = {f"{prefix}float_bytes": 8}
+    assert shrinkage(read_summary(write(tmp_path, SMALL | sizes)), part) is None
+    summary = read_summary(write(tmp_path, SMALL | sizes | {f"{prefix}packed_bytes": 2}))
+    assert {p: shrinkage(summary, p) for p in ("model", "layers")} == {"model": None, "layers": None, part: 4}

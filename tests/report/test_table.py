@@ -13,7 +13,8 @@ RUN = {
     "qat_minus_control_ptq": -0.008, "qat_minus_control_ptq_interval": [-0.0097, -0.0063],
     "recovery": 2.52, "recovery_interval": [2.31, 2.74],
     "recovery_over_control": 0.58, "recovery_over_control_interval": [0.49, 0.65],
-    "float_bytes": 400, "packed_bytes": 100, "export_dir": "here/export", "seconds": 301.2,
+    "float_bytes": 400, "packed_bytes": 100, "model_float_bytes": 500, "model_packed_bytes": 200, "seconds": 301.2,
+    "export_dir": "here/export",
     "models": [
         {"name": n, "loss": loss, "perplexity": 8.25, "accuracy": 0.5512, "difference_to_float": loss - 2.1034,
          "difference_interval": [loss - 2.1064, loss - 2.1004]}
@@ -53,7 +54,23 @@ def test_run_table_shows_ratios_with_intervals(summary):
     assert "-8.0 [-9.7, -6.3] millinats" in line(text, "QAT - PTQ(control)")
     assert "0.58 [0.49, 0.65]" in line(text, "recovery over control")
     assert "2.52 [2.31, 2.74]" in line(text, "recovery  ")
-    assert "4.00 times smaller" in text and "here/export" in text and "5 min 1 s" in text
+    assert "here/export" in text and "5 min 1 s" in text
+
+
+def test_sizes_are_those_of_the_whole_model(summary):
+    text = shown(run_table(summary()))
+    assert "200 bytes packed, 500 bytes in 16 bits, 2.50 times smaller (quantized layers 4.00)" in line(text, "size")
+    (row,) = compare_rows([summary()])
+    assert row["bytes_ratio"] == 2.5
+    assert "times smaller: the whole model, than in 16 bits" in shown(compare_table([summary()]))
+
+
+def test_a_summary_that_knows_its_layers_only_claims_no_more(summary):
+    old = summary(model_float_bytes=None, model_packed_bytes=None)
+    text = shown(run_table(old))
+    assert "quantized layers: 100 bytes packed, 400 bytes in 16 bits, 4.00 times smaller" in line(text, "size")
+    assert compare_rows([old])[0]["bytes_ratio"] is None
+    assert "times smaller" not in shown(compare_table([old]))
 
 
 def test_null_recovery_shows_its_reason(summary):
@@ -108,7 +125,7 @@ def test_a_mean_over_a_missing_figure_is_missing(summary):
 
 
 def test_rows_are_json(summary):
-    assert json.loads(json.dumps(compare_rows([summary()])))[0]["bytes_ratio"] == 4.0
+    assert json.loads(json.dumps(compare_rows([summary()])))[0]["bytes_ratio"] == 2.5
 
 
 @pytest.mark.parametrize("width", [80, 100, 130])
