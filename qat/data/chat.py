@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,20 @@ from qat.data.windows import IGNORE, Windows
 
 log = logging.getLogger(__name__)
 
+# What a template is told of today: were it the true date, tokens would change at midnight, under a resumed run and
+# under every cached control.  The day is the one that Llama's templates print where nobody tells them.
+TODAY = datetime(2024, 7, 26)
+_DIRECTIVES = "aAbBcdDeFHIjmMpSTuwxXyYZ"
+# A macro, because transformers passes no function on to templates; `+` and the line feed keep what follows as it is.
+_STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{d}', '{TODAY.strftime('%' + d)}')" for d in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
+
 
 class ChatData(LanguageData):
-    """Conversations through the model's chat template.
+    """Conversations through the model's chat template, for which today is always `TODAY`.
 
     Args:
         path: a JSONL file; a line is {"messages": [{"role": ..., "content": ...}, ...]} or
@@ -93,6 +105,8 @@ class ChatData(LanguageData):
         if not messages:
             return []
         options = {"tokenize": True, "add_generation_prompt": prompt, "return_dict": True}
+        options["chat_template"] = _STRFTIME_NOW + self.tokenizer.get_chat_template()
+        options["date_string"] = TODAY.strftime("%d %b %Y")
         try:
             return list(self.tokenizer.apply_chat_template(messages, **options)["input_ids"])
         except TemplateError as error:  # as some do where there is a system message, or one speaker twice in a row

@@ -227,3 +227,26 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_reason(chat)
     data = chat(template=strict + CHAT_TEMPLATE)  # as Gemma's
     with pytest.raises(ValueError, match=r"refuses a conversation of system, user, assistant .*System role not supp"):
         data.encode(turns("hi", "hello", system="be brief"))
+
+
+# The date as Llama 3.1's template takes it, and as Llama 3.2's and gpt-oss's ask for it.
+DATED = (
+    "{{ date_string }}, {% macro day(format) %}{{ strftime_now(format) }}{% endmacro %}"
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %Y-%m-%d %B %H:%M:%S') }} {{ day('%A') }}{% endif %}"
+)
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(chat):
+    data, messages = chat(template=DATED + CHAT_TEMPLATE), turns("hi", "ok")
+    ids, labels = data.encode(messages)
+    text = data.tokenizer.decode([*ids, labels[-1]])
+    assert text.startswith("26 Jul 2024, 26 Jul 2024 2024-07-26 July 00:00:00 Friday")
+    assert labelled(data, ids, labels) == "ok<|end|>"
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", " \n", "{%- if true %}x{% endif %}\n"], ids=repr)
+def test_the_fixed_date_leaves_the_rest_of_a_template_as_it_is(chat, start):
+    data, messages = chat(template=start + CHAT_TEMPLATE), turns("hi", "ok")
+    ids, labels = data.encode(messages)
+    whole = data.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert data.tokenizer.decode([*ids, labels[-1]]) == whole
