@@ -39,7 +39,8 @@ class ChatData(LanguageData):
 
     Raises:
         ValueError: the file is missing, a line is not a conversation (named by number), the tokenizer has
-            no chat template or one that refuses a conversation, or a split has no assistant token.
+            no chat template or one that refuses a conversation or rewrites its earlier turns (named by
+            number), or a split has no assistant token.
     """
 
     def __init__(
@@ -63,9 +64,15 @@ class ChatData(LanguageData):
     _remedy = "more conversations, or a larger data.seq_len if the assistant speaks late in them"
 
     def _windows(self, split: Split, documents: list[Document]) -> Windows:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"data {self.name}: the model's tokenizer has no chat template; use data=text")
         rows, origin = [], []
         for index, document in enumerate(documents):
-            ids, labels = self.encode(json.loads(document.text))
+            try:
+                ids, labels = self.encode(json.loads(document.text))
+            except ValueError as error:
+                number = self.documents.index(document) + 1
+                raise ValueError(f"{error} (conversation {number} of the {len(self.documents)} in the file)") from error
             ids, labels = ids[: self.seq_len], labels[: self.seq_len]
             if any(label != IGNORE for label in labels):
                 rows.append((ids, labels))
@@ -81,40 +88,53 @@ class ChatData(LanguageData):
     def encode(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids and shifted labels of a conversation; a label is -100 unless the assistant says that token.
 
-        The assistant's part is what the template adds between the generation prompt and the end of the
-        message, so it works with every template whose text only ever grows.
+        The assistant's part is the text that the template adds between the generation prompt and the end of
+        the message, so it works with every template whose text only ever grows.  Where it begins with
+        white space that is one token with the end of the prompt, that token is the assistant's.
+
+        Raises:
+            ValueError: the template refuses the messages, or rewrites earlier turns.
         """
-        ids = self._template(messages, False)
+        text = self._template(messages, False)
+        ids = self._tokens(text)
         spoken = [False] * len(ids)
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start, end = self._template(messages[:turn], True), self._template(messages[: turn + 1], False)
-            if ids[: len(start)] != start or ids[: len(end)] != end:
+            before, after = self._template(messages[:turn], True), self._template(messages[: turn + 1], False)
+            if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"data {self.name}: the chat template rewrites earlier turns when a later one is added, so the "
                     f"assistant's tokens of turn {turn} cannot be told apart; train on conversations of one turn"
                 )
-            spoken[len(start) : len(end)] = [True] * (len(end) - len(start))
+            # Not by the spans of tokens in the text, from which some tokenizers (Llama 3's) leave out white space.
+            first, stop = (_shared(ids, self._tokens(part)) for part in (before, after))
+            spoken[first:stop] = [True] * (stop - first)
         labels = [i if said else IGNORE for i, said in zip(ids[1:], spoken[1:], strict=True)]
         return ids[:-1], labels
 
-    def _template(self, messages: list[dict[str, str]], prompt: bool) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(f"data {self.name}: the model's tokenizer has no chat template; use data=text")
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _template(self, messages: list[dict[str, str]], prompt: bool) -> str:
         if not messages:
-            return []
-        options = {"tokenize": True, "add_generation_prompt": prompt, "return_dict": True}
+            return ""
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
         options["chat_template"] = _STRFTIME_NOW + self.tokenizer.get_chat_template()
         options["date_string"] = TODAY.strftime("%d %b %Y")
         try:
-            return list(self.tokenizer.apply_chat_template(messages, **options)["input_ids"])
+            return self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:  # as some do where there is a system message, or one speaker twice in a row
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"data {self.name}: the model's chat template refuses a conversation of {roles} "
                 f"({messages[0]['content'][:40]!r}...): {error}; take such turns out of the file"
             ) from error
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists have in common before they part."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def conversations(path: Path) -> list[Document]:

@@ -244,9 +244,39 @@ def test_a_template_that_prints_the_date_prints_the_same_one_every_day(chat):
     assert labelled(data, ids, labels) == "ok<|end|>"
 
 
-@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", " \n", "{%- if true %}x{% endif %}\n"], ids=repr)
+@pytest.mark.parametrize(
+    "start", ["\n", "  {% if true %}x{% endif %}", " \n", "{%- if true %}x{% endif %}\n"], ids=repr
+)
 def test_the_fixed_date_leaves_the_rest_of_a_template_as_it_is(chat, start):
     data, messages = chat(template=start + CHAT_TEMPLATE), turns("hi", "ok")
     ids, labels = data.encode(messages)
     whole = data.tokenizer.apply_chat_template(messages, tokenize=False)
     assert data.tokenizer.decode([*ids, labels[-1]]) == whole
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "blank"),
+    [("three.", ""), ("    three.", "\n"), ("  ", ""), ("\n\n three.", ""), ("", "")],
+    ids=repr,
+)
+def test_an_answer_may_begin_with_white_space(tmp_path, answer, blank):
+    tokenizer = train_tokenizer([Document("x", "assistant\n    return 1\n" * 50)], 400)
+    tokenizer.chat_template = CHATML
+    data = ChatData(str(tmp_path / "x.jsonl"))
+    data.tokenizer = tokenizer
+    ids, labels = data.encode(turns("what?", answer, "and?", answer))
+    # The line feed that ends the prompt may be one token with the white space behind it.
+    assert labelled(data, ids, labels) == f"{blank}{answer}<|im_end|>\n" * 2
+
+
+def test_the_conversation_that_cannot_be_used_is_named_by_its_number(chat):
+    rows = [{"messages": turns(f"what is {i}?", f"it is {i}.")} for i in range(200)]
+    rows[123] = {"messages": turns("a", "hm</think>first", "b", "second")}
+    with pytest.raises(ValueError, match=r"rewrites earlier turns .*\(conversation 124 of the 200 in the file\)"):
+        chat(rows, template=REWRITING).setup()
