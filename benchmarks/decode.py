@@ -94,7 +94,7 @@ def build(shape: str, scheme: QuantScheme | None, head: int, embedding: Tensor) 
         use_cpu_kernels(model, torch.bfloat16)
     elif scheme is not None:
         use_cuda_kernels(model, torch.bfloat16)
-    return model.eval()
+    return model.eval().requires_grad_(False)  # else it has no fused decoder
 
 
 def tensor_bytes(model: nn.Module) -> int:

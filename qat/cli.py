@@ -157,7 +157,8 @@ def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
     from qat.tasks.models import load
 
     disable_progress_bar()  # output that is piped is the model's text or figures, nothing else
-    return load(str(directory))
+    model, tokenizer = load(str(directory))
+    return model.requires_grad_(False), tokenizer  # what is not trained has a fused decoder
 
 
 def _is_packed(directory: Path) -> bool:

@@ -26,8 +26,9 @@ def stream(
 ) -> Iterator[str]:
     """Continue `prompt`, yielding text as soon as its words are complete.
 
-    A Llama-like model decodes over a static cache (`qat.inference.decode`), any other by transformers' `generate`;
-    greedy text is the same.
+    A Llama-like model decodes over a static cache (`qat.inference.decode`), any other by transformers' `generate`, and
+    so does one that is being trained (float layers that require gradients, or fake-quantized ones); greedy text is the
+    same.
 
     Args:
         model: a transformers model, packed or not.

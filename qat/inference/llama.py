@@ -27,6 +27,7 @@ from qat.inference.cache import KeyValueCache, Span, attend
 from qat.inference.cuda_backend import CudaLinear, GatedMlp
 from qat.inference.fusion import Separate, side_by_side
 from qat.inference.key_values import PackedKeyValues, row_bytes
+from qat.insertion import layers
 
 log = logging.getLogger(__name__)
 
@@ -173,15 +174,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why a model has no fused decoder, or None where it has one."""
+    """Why a model has no fused decoder, or None where it has one.
+
+    Float layers that may be trained keep it from one: fusing moves their weights into new parameters.
+    """
     name = type(model).__name__
     if name not in ARCHITECTURES:
         return f"{name} (only {', '.join(ARCHITECTURES)})"
     config = model.config
     if config.hidden_act != "silu":
         return f"{name} with the activation {config.hidden_act}"
+    if layers(model):
+        return f"{name} with fake-quantized layers"
     if key_values(model):
         return f"{name} with fake-quantized keys and values"
+    blocks = model.model.layers.modules()
+    if any(isinstance(layer, nn.Linear) and layer.weight.requires_grad for layer in blocks):
+        # Their parameters would be replaced, under an optimizer that has the old ones.
+        return f"{name} whose layers require gradients (requires_grad_(False) says that they are not trained)"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return f"{name} with sliding attention in some layers"
     if (kind := model.model.rotary_emb.rope_type) in MOVING_ROTARY:

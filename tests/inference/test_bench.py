@@ -14,7 +14,7 @@ def neox() -> torch.nn.Module:
 
 
 def test_the_cache_that_is_reported_holds_prompt_and_new_tokens(tiny_llama):
-    found = speed(tiny_llama(torch.bfloat16), batch=3, prompt=7, new_tokens=4, rounds=1)
+    found = speed(tiny_llama(torch.bfloat16).requires_grad_(False), batch=3, prompt=7, new_tokens=4, rounds=1)
     assert found.batch == 3 and found.prefill > 0 and found.decode > 0
     assert found.cache_bytes == 2 * 2 * 3 * 2 * (7 + 4) * 32 * 2  # keys and values, layers, rows, heads, slots, width
 
@@ -28,7 +28,7 @@ def test_an_architecture_without_fused_blocks_is_measured_through_transformers()
 def test_time_is_that_of_the_tokens(tiny_llama, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))  # a second between any two looks
-    found = speed(tiny_llama(), batch=3, prompt=7, new_tokens=4)
+    found = speed(tiny_llama().requires_grad_(False), batch=3, prompt=7, new_tokens=4)
     assert (found.prefill, found.decode) == (21.0, 3.0)
 
 

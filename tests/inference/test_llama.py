@@ -44,7 +44,7 @@ def random_llama(scheme=None, dtype=torch.float32, kind=LlamaConfig, head=None, 
         if layer.bias is not None:
             layer.bias.normal_()
         model.set_submodule(name, layer)
-    return model
+    return model.requires_grad_(False)
 
 
 def tokens_of(batch: int, count: int) -> Tensor:
@@ -231,7 +231,7 @@ def test_layers_that_differ_are_called_one_after_the_other(difference, scheme):
         key.bias = None
     if key.input_scale is not None:
         key.input_scale.fill_(0.05 if difference == "static scale" else 0.04)
-    attention.k_proj = nn.Linear(128, 64, bias=False) if difference == "kind" else key
+    attention.k_proj = nn.Linear(128, 64, bias=False).requires_grad_(False) if difference == "kind" else key
     expected, decoder = model(tokens).logits, LlamaDecoder(model)
     assert isinstance(decoder.blocks[1].qkv, Separate) and not isinstance(decoder.blocks[0].qkv, Separate)
     near(decoder(tokens, decoder.new_cache(1, 6)), expected, "a8")
@@ -305,6 +305,19 @@ def test_what_the_blocks_do_not_compute_is_refused_by_name():
     assert "dynamic rotary" in unsupported(random_llama(rope_parameters=rope))
     sliding = random_llama(kind=MistralConfig, sliding_window=8)
     assert unsupported(sliding) is not None or LlamaDecoder(sliding).window == 8
+
+
+def test_a_model_in_training_keeps_its_parameters(tiny_llama):
+    model = tiny_llama()
+    before = list(model.parameters())
+    assert fused_decoder(model) is None and "require gradients" in unsupported(model)
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    assert fused_decoder(model.requires_grad_(False)) is not None
+
+
+def test_fake_quantized_layers_stay_with_transformers(tiny_llama, quantize_model, scheme):
+    model = quantize_model(tiny_llama(), scheme("w4a16-g32"))
+    assert fused_decoder(model) is None and "fake-quantized layers" in unsupported(model.requires_grad_(False))
 
 
 # -- the wiring on CUDA, with the kernels' references in their place ---------------------------------------------
