@@ -258,10 +258,9 @@ def _eval(args: argparse.Namespace) -> None:
     loader = loader_of(tokenizer)
     progress = track(loader, "evaluating", console=Console(stderr=True), transient=True)
     losses = evaluate(CausalLM(model, lr=0.0), progress)
-    low, high = loss_interval(losses)
-    documents = int((losses.tokens > 0).sum())
-    interval = f"[{low:.4f}, {high:.4f}]" if documents > 1 else "(no interval: one document)"
-    print(f"loss        {losses.loss:.4f} nats/token {interval}")
+    documents, interval = int((losses.tokens > 0).sum()), loss_interval(losses)
+    brackets = "[{:.4f}, {:.4f}]".format(*interval) if interval else "(no interval: one document)"
+    print(f"loss        {losses.loss:.4f} nats/token {brackets}")
     print(f"perplexity  {losses.perplexity:.3f}")
     print(f"accuracy    {100 * losses.accuracy:.2f} % of the next tokens")
     print(f"data        {args.data}, {args.split}: {documents} documents, {int(losses.tokens.sum()):,} tokens")

@@ -13,6 +13,7 @@ from qat.evaluation.losses import DocumentLosses
 
 RESAMPLES = 4000
 COVERAGE = 0.95
+_ALONE = "only one document has tokens"
 _DRAWS_AT_ONCE = 1 << 20  # bounds the memory of a bootstrap over many documents
 
 
@@ -22,7 +23,7 @@ class Estimate:
 
     Attributes:
         value, low, high: the figure and its interval, or None.
-        reason: why `value` is None.
+        reason: why `value`, or its interval, is None.
     """
 
     value: float | None
@@ -55,18 +56,28 @@ def _percentiles(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def loss_interval(losses: DocumentLosses) -> tuple[float, float]:
-    """The 95 % interval of the loss itself, in nats per token."""
-    return _percentiles(_resampled(losses))
+def _one_document(losses: DocumentLosses) -> bool:
+    """Whether there is nothing to resample: every draw that has a token would be the same one."""
+    return int((losses.tokens > 0).sum()) < 2
+
+
+def loss_interval(losses: DocumentLosses) -> tuple[float, float] | None:
+    """The 95 % interval of the loss itself, in nats per token; None where only one document has tokens."""
+    return None if _one_document(losses) else _percentiles(_resampled(losses))
 
 
 def difference(a: DocumentLosses, b: DocumentLosses) -> Estimate:
     """Loss of `a` minus loss of `b`, in nats per token, with its paired interval.
 
+    Returns:
+        An estimate without an interval, and with a reason, where only one document has tokens.
+
     Raises:
         ValueError: they were not measured on the same documents.
     """
     _check_paired(a, b)
+    if _one_document(a):
+        return Estimate(a.loss - b.loss, reason=f"no interval: {_ALONE}")
     return Estimate(a.loss - b.loss, *_percentiles(_resampled(a) - _resampled(b)))
 
 
@@ -77,16 +88,16 @@ def recovered(worst: DocumentLosses, here: DocumentLosses, best: DocumentLosses)
     recovered(PTQ of the control, QAT, control).
 
     Returns:
-        An estimate with value None where the interval of the gap includes 0.
+        An estimate with value None where the interval of the gap includes 0, or where only one document has tokens.
 
     Raises:
         ValueError: they were not measured on the same documents.
     """
     _check_paired(worst, here)
     gap = difference(worst, best)
-    assert gap.value is not None and gap.low is not None and gap.high is not None
-    if len(worst.tokens) < 2:
-        return Estimate(None, reason="gap not resolvable: a single document has no interval")
+    if gap.low is None:
+        return Estimate(None, reason=f"gap not resolvable: {_ALONE}")
+    assert gap.value is not None and gap.high is not None
     if gap.low <= 0:
         return Estimate(
             None,

@@ -43,11 +43,11 @@ def versions() -> dict[str, str]:
 
 
 def _model(name: str, losses: DocumentLosses, base: DocumentLosses) -> dict[str, Any]:
-    gap = difference(losses, base)
+    gap, interval = difference(losses, base), loss_interval(losses)
     return {
         "name": name,
         "loss": losses.loss,
-        "interval": list(loss_interval(losses)),
+        "interval": None if interval is None else list(interval),
         "perplexity": losses.perplexity,
         "accuracy": losses.accuracy,
         "difference_to_float": gap.value,

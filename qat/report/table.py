@@ -105,9 +105,9 @@ def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of a run that stand beside the losses: (label, text), with a reason where there is no value."""
     delta = summary["qat_minus_control_ptq"]
     against = millinats(delta, summary["qat_minus_control_ptq_interval"]) + " millinats"
-    why = summary["qat_minus_control_ptq_reason"] or "no control was run"
+    why = summary["qat_minus_control_ptq_reason"] or (None if delta is not None else "no control was run")
     return [
-        ("QAT - PTQ(control)", against if delta is not None else f"— ({why})"),
+        ("QAT - PTQ(control)", ("—" if delta is None else against) + (f" ({why})" if why else "")),
         ("recovery over control", ratio(summary, "recovery_over_control")),
         ("recovery", ratio(summary, "recovery")),
         ("size", sizes(summary)),

@@ -103,9 +103,16 @@ def test_a_gap_that_is_not_resolved_has_no_ratio_but_a_reason(effect):
     assert estimate.reason.startswith(f"gap not resolvable: {1e3 * effect:.2f} millinats, interval ")
 
 
-def test_a_single_document_resolves_no_gap():
-    worst, best = losses([30], [10]), losses([20], [10])
-    assert recovered(worst, best, best).reason == "gap not resolvable: a single document has no interval"
+@pytest.mark.parametrize("empty", [0, 2], ids=["alone", "beside empty ones"])
+def test_a_single_document_has_no_interval_and_resolves_no_gap(empty):
+    worst, best = (losses([0] * empty + [nll], [0] * empty + [10]) for nll in (30, 20))
+    assert loss_interval(worst) is None
+    gap = difference(worst, best)
+    assert (gap.value, gap.interval) == (1, None)
+    assert gap.reason == "no interval: only one document has tokens"
+    share = recovered(worst, best, best)
+    assert share.value is None
+    assert share.reason == "gap not resolvable: only one document has tokens"
 
 
 @pytest.mark.parametrize("tokens", [[10, 11], [10], [11, 10], [10, 10, 10]], ids=str)

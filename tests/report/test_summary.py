@@ -2,9 +2,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qat.evaluation import DocumentLosses, Estimate, difference
+from qat.report.build import build_summary
 from qat.report.summary import duration, find_runs, millinats, number, read_summary, shrinkage, size, verdict
+from qat.report.table import figures as table_figures
 
 SMALL = {"recipe": "r", "scheme": "w4a16-g128", "models": [{"name": "float", "loss": 2.0}]}
 
@@ -147,3 +151,15 @@ def test_shrinkage_needs_both_sizes(tmp_path, prefix, part):
     assert shrinkage(read_summary(write(tmp_path, SMALL | sizes)), part) is None
     summary = read_summary(write(tmp_path, SMALL | sizes | {f"{prefix}packed_bytes": 2}))
     assert {p: shrinkage(summary, p) for p in ("model", "layers")} == {"model": None, "layers": None, part: 4}
+
+
+def test_a_run_on_one_document_has_a_summary_that_excludes_no_chance(tmp_path):
+    losses = {
+        name: DocumentLosses(np.array([nll, 0.0]), np.zeros(2), np.array([10, 0]))
+        for name, nll in (("float", 20.0), ("qat", 21.0), ("control_ptq", 22.0))
+    }
+    figures: dict[str, Estimate] = {"qat_minus_control_ptq": difference(losses["qat"], losses["control_ptq"])}
+    summary = read_summary(write(tmp_path, build_summary(SMALL, losses, figures)))
+    assert [row["interval"] for row in summary["models"]] == [None] * 3
+    assert "by 100.0 millinats per token; no interval was computed, so chance is not excluded" in verdict(summary)
+    assert "no interval: only one document has tokens" in dict(table_figures(summary))["QAT - PTQ(control)"]
