@@ -96,9 +96,7 @@ def _add_generate(commands: Any) -> None:
   qat generate outputs/RUN/export "def fibonacci(n):" --max-new-tokens 80
   qat generate outputs/RUN/export "What is a lambda?" --chat --temperature 0.8 --seed 1""",
     )  # fmt: skip
-    parser.add_argument(
-        "directory", metavar="DIR", type=Path, help="an exported folder, or a Hugging Face model folder"
-    )
+    _add_model(parser)
     parser.add_argument("prompt", help="the text to continue; with --chat, the user's message")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (%(default)s)"
@@ -108,15 +106,17 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
-    _add_backend(parser)
 
 
-def _add_backend(parser: Any) -> None:
+def _add_model(parser: Any) -> None:
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="an exported folder, or a Hugging Face model folder"
+    )
     parser.add_argument(
         "--backend", choices=("reference", "torch", "cpu", "cuda", "auto"), default="reference",
         help="what multiplies packed layers: reference computes what training did, cpu (qat's kernels, compiled at "
         "first use) and torch are faster, auto takes the fastest of these that works, cuda needs an NVIDIA GPU, on "
-        "which its kernels have not run yet (%(default)s)",
+        "which its kernels have not run yet; float models run in torch, with cuda on the GPU (%(default)s)",
     )  # fmt: skip
 
 
@@ -152,13 +152,17 @@ def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
         if text and tokenizer is None:  # image classifiers have none
             raise ValueError(f"{directory} has no tokenizer: copy tokenizer.json of the float language model into it")
         return model, tokenizer
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from qat.tasks.models import load
 
     disable_progress_bar()  # output that is piped is the model's text or figures, nothing else
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--backend cuda: torch finds no GPU for the float model in {directory}; leave --backend out")
     model, tokenizer = load(str(directory))
-    return model.requires_grad_(False), tokenizer  # what is not trained has a fused decoder
+    model.requires_grad_(False)  # what is not trained has a fused decoder
+    return model.to("cuda" if backend == "cuda" else "cpu"), tokenizer
 
 
 def _is_packed(directory: Path) -> bool:
@@ -184,14 +188,11 @@ folder with the packed one's.""",
   qat bench outputs/RUN/export --backend cpu --batch 1 8 32 --threads 8
   qat bench ./float_model""",
     )  # fmt: skip
-    parser.add_argument(
-        "directory", metavar="DIR", type=Path, help="an exported folder, or a Hugging Face model folder"
-    )
+    _add_model(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences at once (1)")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each sequence (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of each sequence (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (torch's choice)")
-    _add_backend(parser)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -224,9 +225,7 @@ give the figures that a run reports.""",
   qat eval ./my_model --data notes/ --split all
   qat eval outputs/RUN/export --data chat:conversations.jsonl --split all""",
     )  # fmt: skip
-    parser.add_argument(
-        "directory", metavar="DIR", type=Path, help="an exported folder, or a Hugging Face model folder"
-    )
+    _add_model(parser)
     parser.add_argument(
         "--data", required=True, metavar="DATA", help="python_stdlib, a text file or folder, or chat:FILE.jsonl"
     )
@@ -241,7 +240,6 @@ give the figures that a run reports.""",
         help="taken from each document at most (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--separator", metavar="TEXT", help="splits a text file into documents")
-    _add_backend(parser)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qat.cli import main
+from qat.cli import _load, main
 from qat.tasks.models import EMBEDDED
 
 COMMANDS = ["train", "generate", "bench", "eval", "inspect", "compare"]
@@ -148,3 +148,22 @@ def test_generate_streams_with_the_given_settings(tmp_path, monkeypatch, capsys)
     assert settings == {
         "prompt": "hello", "model": "torch on cpu", "max_new_tokens": 7, "temperature": 0.0, "chat": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["bench"], ["generate", "hi"], ["eval", "--data", __file__, "--split", "all"]])
+def test_a_float_model_is_never_run_elsewhere_than_asked_for(command, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    name, *rest = command
+    assert main([name, str(EMBEDDED["stdlib_llama"]), *rest, "--backend", "cuda"]) == 2
+    assert "--backend cuda: torch finds no GPU for the float model in" in capsys.readouterr().err
+
+
+def test_a_float_model_goes_to_the_gpu_that_was_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    moved = []
+    model = SimpleNamespace(requires_grad_=lambda flag: None, to=moved.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("qat.tasks.models.load", lambda name: (model, None))
+    for backend in ("cuda", "reference", "cpu"):
+        _load(tmp_path, backend)
+    assert moved == ["cuda", "cpu", "cpu"]
