@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from qat.callbacks import NaNGuard, RandomState, SafeExit
+from qat.config import CONF
 
 
 def build_trainer(
@@ -57,7 +58,14 @@ def check_devices(trainer: DictConfig) -> None:
 
 
 def resume_command(out: Path) -> str:
-    """What goes on with the run in `out`, for a shell."""
-    words = [w for w in HydraConfig.get().overrides.task if not w.startswith("resume=")]
+    """What goes on with the run in `out`, for a shell; with the user's own folders of configs, by absolute paths."""
+    now = HydraConfig.get()
+    options = [f"--config-name={now.job.config_name}"] if now.job.config_name != "config" else []
+    for source in now.runtime.config_sources:
+        if source.provider == "main" and Path(source.path) != CONF:
+            options.append(f"--config-path={source.path}")
+        if source.provider == "command-line":
+            options.append(f"--config-dir={source.path}")
+    words = [w for w in now.overrides.task if not w.startswith("resume=")]
     program = ["qat", "train"] if sys.argv[0] == "qat train" else ["python", sys.argv[0]]
-    return shlex.join([*program, *words, f"hydra.run.dir={out}", "resume=true"])
+    return shlex.join([*program, *options, *words, f"hydra.run.dir={out}", "resume=true"])
