@@ -1,8 +1,9 @@
 """A run goes on with what it started with: a resumed one that was told otherwise is refused before anything is lost."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,29 @@ _FREE = (
     "trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
 )  # fmt: skip
+
+# Of these, what a figure does depend on.
+_MEASURED = ("control", "control_lr", "export_dtype", "export_bits", "trainer.accelerator")
+
+
+def experiment(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, Any]:
+    """What a summary says of its run's config, so that repetitions are known and other runs told apart.
+
+    Args:
+        cfg: as composed.
+        overrides: those that it was composed with, as `optim.lr=1e-4`.
+
+    Returns:
+        `config_digest`, equal for runs that differ in their seed and in what no figure depends on; and `overrides`,
+        without those.
+    """
+    silent = tuple(name for name in _FREE if name not in _MEASURED)
+    plain: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"seed": 0}), resolve=True)  # and what is set to the seed
+    settings = json.dumps(dict(_flat(plain, free=silent)), sort_keys=True, default=str)
+    named = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    free = ("seed", *silent)
+    told = [w for w, key in named.items() if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    return {"config_digest": hashlib.sha256(settings.encode()).hexdigest()[:16], "overrides": told}
 
 
 def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
@@ -68,13 +92,13 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, plain value) of every leaf that a continuation may not change."""
+def _flat(node: Any, prefix: str = "", free: tuple[str, ...] = _FREE) -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf but those of `free`: which a continuation may not change."""
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if name in _FREE or name.startswith("hydra"):
+        if name in free or name.startswith("hydra"):
             continue
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
+            yield from _flat(value, f"{name}.", free)
         else:
             yield name, value

@@ -46,7 +46,7 @@ from qat.report.build import build_summary, versions, write_summary
 from qat.report.html import write_report
 from qat.report.summary import read_summary
 from qat.report.table import run_table
-from qat.resume import check_resume
+from qat.resume import check_resume, experiment
 from qat.scheme import SchemeMap
 from qat.structure import untie
 from qat.tasks.models import check_positions
@@ -382,6 +382,7 @@ class Run:
             "stages": self.stages,
             "versions": versions(),
             "train_history": self.history.rows,
+            **experiment(self.cfg, HydraConfig.get().overrides.task),
             **self.searched,
         }
 

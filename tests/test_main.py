@@ -34,7 +34,7 @@ PROMISED = {
     "ptq_mse_loss", "qat_loss", "control_loss", "control_ptq_loss", "packed_loss", "qat_minus_control_ptq",
     "qat_minus_control_ptq_interval", "recovery", "recovery_interval", "recovery_over_control",
     "recovery_over_control_interval", "float_bytes", "packed_bytes", "model_float_bytes", "model_packed_bytes",
-    "export_dir", "seconds", "versions",
+    "export_dir", "seconds", "versions", "config_digest", "overrides",
 }  # fmt: skip
 
 

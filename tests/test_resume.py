@@ -3,7 +3,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from qat.resume import RECORD, check_resume
+from qat.resume import RECORD, check_resume, experiment
 
 CONFIG = {
     "seed": 0,
@@ -53,3 +53,21 @@ def test_a_new_run_where_one_never_got_to_train_has_a_record_of_its_own(tmp_path
     check(tmp_path)
     check(tmp_path, **{"optim.lr": 1e-4})
     check(tmp_path, **{"optim.lr": 1e-4, "resume": True})
+
+
+def test_the_digest_of_a_config_is_that_of_the_experiment():
+    def digest(**changes) -> str:
+        config = OmegaConf.create({**CONFIG, "data": {"seed": "${seed}"}, "control_lr": None, "control_dir": "a"})
+        for key, value in changes.items():
+            OmegaConf.update(config, key, value)
+        return experiment(config, [])["config_digest"]
+
+    same = [{"seed": 1}, {"logger.save_dir": "b"}, {"trainer.enable_progress_bar": False}, {"control_dir": "b"}]
+    others = [{"optim.lr": 1e-4}, {"trainer.max_steps": 16}, {"control_lr": 1e-4}]
+    assert {digest(**change) for change in same} == {digest()}
+    assert len({digest(), *(digest(**change) for change in others)}) == 4
+
+
+def test_overrides_are_those_that_a_figure_depends_on():
+    words = ["recipe=x", "+optim.lr=1e-4", "seed=1", "logger=csv", "logger.save_dir=b", "data.seed=3", "~data.extra"]
+    assert experiment(OmegaConf.create(CONFIG), words)["overrides"] == ["+optim.lr=1e-4", "data.seed=3", "~data.extra"]

@@ -18,7 +18,7 @@ FILE = "summary.json"
 # What a missing key means.  Tuples are read as "one of these types".
 _TEXT = (
     "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "start",
-    "control_ptq_calibration", "export_dir", "sensitivity_metric", "unit",
+    "control_ptq_calibration", "export_dir", "sensitivity_metric", "unit", "config_digest",
 )  # fmt: skip
 _NUMBERS = (
     "seed", "steps", "tokens", "float_loss", "ptq_loss", "ptq_mse_loss", "calibrated_loss", "qat_loss", "control_loss",
@@ -133,6 +133,7 @@ def _finite(values: Any) -> Any:
 def _checked(values: dict[str, Any], file: Path) -> dict[str, Any]:
     problems = [f"{name} is missing" for name in _REQUIRED if values.get(name) is None]
     full = {**values, **{name: values.get(name) for name in (*_TEXT, *_NUMBERS, *_INTERVALS)}}
+    full["overrides"] = values.get("overrides") or []
     full["unit"] = full["unit"] or "token"  # what summaries were about before they said so
     full |= {name: values.get(name) or {} for name in _MAPPINGS} | {name: values.get(name) or [] for name in _ROWS}
     for name in _NUMBERS:

@@ -1,6 +1,8 @@
 """The figures of one run, or of several side by side, as tables on the terminal."""
 
+import os
 import statistics
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -21,18 +23,11 @@ from qat.report.summary import (
 )
 
 # Runs that agree in all of these and differ in their seed are repetitions of one experiment.
-_EXPERIMENT = (
-    "recipe",
-    "scheme",
-    "model",
-    "data",
-    "corpus_digest",
-    "calibration",
-    "objective",
-    "start",
-    "steps",
-    "tokens",
-)
+_EXPERIMENT = ("config_digest", "recipe", "corpus_digest")
+# Of summaries that were written without a digest of the config; not tokens, which vary with the seed in conversations.
+_EXPERIMENT_BEFORE = (
+    "recipe", "scheme", "model", "data", "corpus_digest", "calibration", "objective", "start", "steps",
+)  # fmt: skip
 
 # What `compare` shows of a run, by the names of the summary.
 _FIGURES = (
@@ -41,9 +36,13 @@ _FIGURES = (
 )  # fmt: skip
 
 _SETTINGS = ("recipe", "scheme", "steps")
+# Told apart by what they were told, or else by their folders.
+_NAMES = ("overrides", "run")
+_TEXTS = ("recipe", "scheme", *_NAMES)
 _COLUMNS = {
-    "recipe": "recipe", "scheme": "scheme", "seed": "seed", "steps": "steps", "float_loss": "float", "ptq_loss": "PTQ",
-    "qat_loss": "QAT", "control_loss": "control", "control_ptq_loss": "PTQ\n(control)", "packed_loss": "packed",
+    "recipe": "recipe", "scheme": "scheme", "overrides": "overrides", "run": "run", "seed": "seed", "steps": "steps",
+    "float_loss": "float", "ptq_loss": "PTQ", "qat_loss": "QAT", "control_loss": "control",
+    "control_ptq_loss": "PTQ\n(control)", "packed_loss": "packed",
     "qat_minus_control_ptq": "QAT -\nPTQ(control)", "recovery_over_control": "recovery\nover control",
     "bytes_ratio": "times\nsmaller", "seconds": "time",
 }  # fmt: skip
@@ -120,19 +119,20 @@ def compare_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One flat row a run, and one more after the runs of an experiment that was repeated with other seeds.
 
     Returns:
-        Plain values for tables and JSON: `run` (the folder), `recipe`, `scheme`, `seed`, `steps`, the losses
-        in nats per token, `qat_minus_control_ptq` with its interval, `recovery_over_control`, `bytes_ratio`
-        (the whole model in 16 bits over the packed one) and `seconds`.  A mean row has `seed: "mean of n"`
-        and, for each figure, `<name>_sd`: the standard deviation over the seeds.  A mean is None where any of
-        its runs has no value.
+        Plain values for tables and JSON: `run` (the folder), `overrides` (of its command line), `recipe`,
+        `scheme`, `seed`, `steps`, the losses in nats per token, `qat_minus_control_ptq` with its interval,
+        `recovery_over_control`, `bytes_ratio` (the whole model in 16 bits over the packed one) and `seconds`.
+        A mean row has `seed: "mean of n"` and, for each figure, `<name>_sd`: the standard deviation over the
+        seeds.  A mean is None where any of its runs has no value.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for summary in summaries:
-        groups.setdefault(tuple(summary[name] for name in _EXPERIMENT), []).append(_flat(summary))
+        agree = _EXPERIMENT if summary["config_digest"] else _EXPERIMENT_BEFORE
+        groups.setdefault(tuple(summary[name] for name in agree), []).append(_flat(summary))
     rows = []
     for group in groups.values():
         rows += group
-        # Equal seeds in one group mean that the runs differ in something the summary does not name.
+        # Equal seeds in one group: a run done twice, or, without a digest, runs that differ in what nothing names.
         if len(group) > 1 and len({row["seed"] for row in group}) == len(group):
             rows.append(_mean(group))
     return rows
@@ -140,7 +140,7 @@ def compare_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     row = {name: summary[name] for name in ("recipe", "scheme", "seed", "steps")}
-    row = {"run": summary.get("path"), **row}
+    row = {"run": summary.get("path"), "overrides": summary["overrides"], **row}
     for name in _FIGURES:
         row[name] = shrinkage(summary) if name == "bytes_ratio" else summary[name]
         if f"{name}_interval" in summary:
@@ -151,7 +151,7 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {name: rows[0][name] for name in ("recipe", "scheme", "steps")}
-    mean = {"run": None, **mean, "seed": f"mean of {len(rows)}"}
+    mean = {"run": None, "overrides": rows[0]["overrides"], **mean, "seed": f"mean of {len(rows)}"}
     for name in _FIGURES:
         values = [row[name] for row in rows]
         known = None not in values
@@ -163,12 +163,14 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def compare_table(summaries: list[dict[str, Any]], width: int | None = None) -> Group:
     """Runs side by side, a row each, with a mean row (± standard deviation over seeds) after repetitions.
 
+    Rows are told apart by the overrides that not all of them have, and by their folders where these do not suffice.
+
     Args:
         summaries: as `read_summary` returns them.
         width: of the terminal, in characters; columns that matter less are left out, by name, until the
             table fits.  None shows all of them.
     """
-    rows = compare_rows(summaries)
+    rows = _told_apart(compare_rows(summaries))
     columns = {name: [_text(row, name) for row in rows] for name in _COLUMNS}
     # What all runs share is said once, above; what no run has is left out.
     shared = {n: cells for n, cells in columns.items() if n in _SETTINGS and len(rows) > 1 and len(set(cells)) == 1}
@@ -188,7 +190,7 @@ def compare_table(summaries: list[dict[str, Any]], width: int | None = None) -> 
         padding=(0, 1, 0, 0),
     )
     for name in shown:
-        is_text = name in ("recipe", "scheme")
+        is_text = name in _TEXTS
         table.add_column(_COLUMNS[name], justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for i, row in enumerate(rows):
         is_mean = "seconds_sd" in row
@@ -201,18 +203,30 @@ def compare_table(summaries: list[dict[str, Any]], width: int | None = None) -> 
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 
+def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with overrides that all of them have left out, and with folders, from the one they share, if needed."""
+    common = set(rows[0]["overrides"]).intersection(*(row["overrides"] for row in rows)) if len(rows) > 1 else set()
+    rows = [{**row, "overrides": "\n".join(word for word in row["overrides"] if word not in common)} for row in rows]
+    folders = [Path(row["run"]).absolute() for row in rows if row["run"]]
+    told = {tuple(row[name] for name in ("overrides", *_SETTINGS, "seed")) for row in rows}
+    if not folders or len(told) == len(rows):
+        return [{**row, "run": None} for row in rows]
+    shared = os.path.commonpath(folders)
+    return [{**row, "run": row["run"] and os.path.relpath(row["run"], shared)} for row in rows]
+
+
 def _width(columns: dict[str, list[str]]) -> int:
-    """Characters that a table of these columns needs; names of recipes and schemes may fold to 12."""
+    """Characters that a table of these columns needs; columns of text may fold to 12."""
     lines = {n: [_COLUMNS[n], *cells] for n, cells in columns.items()}
     widest = {n: max(len(line) for cell in cells for line in cell.split("\n")) for n, cells in lines.items()}
-    return sum((min(w, 12) if n in ("recipe", "scheme") else w) + 2 for n, w in widest.items())
+    return sum((min(w, 12) if n in _TEXTS else w) + 2 for n, w in widest.items())
 
 
 def _text(row: dict[str, Any], name: str) -> str:
     """One cell of `compare_table`; an interval or a deviation goes to a second line."""
     value = row[name]
-    if name in ("recipe", "scheme", "seed"):
-        return "—" if value is None else str(value)
+    if name in (*_TEXTS, "seed"):
+        return "—" if value in (None, "") else str(value)
     if name == "seconds":
         return duration(value)
     factor, digits, sign = _FORMATS.get(name, (1, 4, False))

@@ -97,6 +97,36 @@ def test_runs_that_differ_in_seed_only_get_a_mean(summary):
     assert "2.1000" in line(text, "mean of 3") and "± 0.1000" in text
 
 
+def test_repetitions_have_one_config_and_may_differ_in_tokens(summary):
+    runs = [summary(seed=seed, tokens=1000 + seed, config_digest="a") for seed in (0, 1)]
+    assert [row["seed"] for row in compare_rows(runs)] == [0, 1, "mean of 2"]
+    runs[1]["config_digest"] = "b"  # another learning rate, which nothing else in a summary names
+    assert [row["seed"] for row in compare_rows(runs)] == [0, 1]
+    before = [summary(seed=seed, tokens=1000 + seed) for seed in (0, 1)]  # without a digest
+    assert [row["seed"] for row in compare_rows(before)] == [0, 1, "mean of 2"]
+
+
+def test_the_rows_of_a_sweep_are_told_apart_by_what_differs(summary):
+    runs = [
+        summary(seed=seed, config_digest=lr, overrides=["data=chat", f"optim.lr={lr}"])
+        for lr in ("1e-3", "1e-4")
+        for seed in (0, 1)
+    ]
+    text = shown(compare_table(runs))
+    assert sum("optim.lr=1e-3" in one for one in text.splitlines()) == 3  # two seeds and their mean
+    assert "data=chat" not in text and " run " not in text
+
+
+def test_rows_that_no_override_tells_apart_name_their_folders(tmp_path):
+    runs = []
+    for name in ("first", "deeper/second"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text(json.dumps(RUN))
+        runs.append(read_summary(tmp_path / name))
+    text = shown(compare_table(runs))
+    assert " first " in text and "deeper/second" in text and str(tmp_path) not in text
+
+
 def test_the_calibration_that_won_may_differ_between_seeds(summary):
     runs = [summary(seed=seed, control_ptq_calibration=name) for seed, name in enumerate(("absmax", "mse"))]
     assert [row["seed"] for row in compare_rows(runs)] == [0, 1, "mean of 2"]
