@@ -11,10 +11,10 @@ further rates are tried until the best one has a worse one on both sides.  Other
 
 Figures are losses on the test split, in millinats per token, with 95 % intervals over documents, paired.  Recovery over
 control is (PTQ(control) - method) / (PTQ(control) - control): the control is the float model fine-tuned for as many
-steps at the best of its own rates, and its PTQ the best one of GPTQ, AWQ before GPTQ and learned rounding on the
-validation split.  Seconds and memory (by how much training raises the peak of its process; read from Linux's /proc) are
-of training, without the calibration before it, which runs that start alike share.
-`outliers` is the outlier twin of `calibration.py`.
+steps at the best of its own rates, with the first seed, and its PTQ the best one of GPTQ, AWQ before GPTQ and learned
+rounding on the validation split.  Seconds and memory (by how much training raises the peak of its process; read from
+Linux's /proc) are of training, without the calibration before it, which runs that start alike share.  `outliers` is
+the outlier twin of `calibration.py`.
 
 ModelOpt installs beside (`pip install nvidia-modelopt`); without it, leave its levers out by --levers.  Each run has a
 process of its own, and every finished run is kept in the JSON file with all that it was run with, so an interrupted
@@ -131,7 +131,6 @@ LEVERS = {
     "hidden states 10": Lever(hidden=10.0),
     "hidden states 100": Lever(hidden=100.0),
     "hidden states 10, from learned rounding": Lever(hidden=10.0, calibration="adaround"),
-    "hidden states 10, from rotation, then GPTQ": Lever(hidden=10.0, calibration="rotation, gptq"),
     "2 bits without zero, from learned rounding": Lever(levels="odd", calibration="adaround"),
     "2 bits without zero, hidden states 10, from learned rounding": Lever(
         levels="odd", hidden=10.0, calibration="adaround"
@@ -330,16 +329,16 @@ class Runs:
             return self.best_rate(kind, scheme, "default", seed)
         return best_on_ladder(grid, lambda lr: self.lever(kind, scheme, name, lr, seed))
 
-    def control(self, kind: str, name: str, scheme: str | None, seed: int, first: int) -> dict[str, Any]:
-        """The lever's control, or its PTQ at `scheme`, with the best of its rates for seed `first`."""
+    def control(self, kind: str, name: str, scheme: str | None, seed: int) -> dict[str, Any]:
+        """The lever's control, or its PTQ at `scheme`, with the best of its rates."""
         lever = LEVERS[name]
 
-        def run(scheme: str | None, lr: float, seed: int) -> dict[str, Any]:
+        def run(scheme: str | None, lr: float) -> dict[str, Any]:
             title = f"{kind} control{', ' + scheme if scheme else ''} lr={lr:g} seed={seed} "
             title += f"{lever.steps} steps of {lever.batch}"
             return self(control, title, {}, kind, scheme, lr, seed, lever.steps, lever.batch)
 
-        return run(scheme, best_on_ladder(CONTROL_GRID, lambda lr: run(None, lr, first)), seed)
+        return run(scheme, best_on_ladder(CONTROL_GRID, lambda lr: run(None, lr)))
 
 
 def best_on_ladder(grid: tuple[float, ...], run: Callable[[float], dict[str, Any]]) -> float:
@@ -380,11 +379,11 @@ def rows(names: list[str], runs: Runs, kind: str, scheme: str, seeds: list[int])
         lr = runs.best_rate(kind, scheme, name, first)
         own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
         here = pooled(losses(r) for r in own)
-        best = pooled(losses(runs.control(kind, name, None, s, first)) for s in seeds)
-        worst = pooled(losses(runs.control(kind, name, scheme, s, first)) for s in seeds)
+        controls = [runs.control(kind, name, quantized, first) for quantized in (None, scheme)]
+        best, worst = (pooled([losses(run)] * len(seeds)) for run in controls)
         if not found:
-            by = "/".join(sorted({runs.control(kind, name, scheme, s, first)["calibration"] for s in seeds}))
             above = f"{1e3 * difference(worst, best).value:+.1f}"
+            by = controls[1]["calibration"]
             found.append(Row(f"PTQ(control), by {by}", above_control=above, above_default=millinats(worst, default)))
         share = recovered(worst, here, best)
         found.append(

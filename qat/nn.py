@@ -249,11 +249,15 @@ class FakeQuantLayer(nn.Module):
     @property
     def adapted(self) -> Tensor:
         """What is quantized, (out, in): the matrix, with the adapter where there is one."""
-        quantizer = self.weight_quantizer
+        return self.adapted_rows(1)
+
+    def adapted_rows(self, every: int) -> Tensor:
+        """Each `every`th row of what is quantized."""
+        quantizer, b = self.weight_quantizer, self.lora_B
         if quantizer.packed is not None and quantizer.scale is not None:
-            codes = unpack(quantizer.packed, quantizer.spec.bits, self.weight.shape[1], quantizer.spec.spacing)
-            return dequantize(codes, store_scale(quantizer.scale.detach(), quantizer.spec))
-        return adapted(self.matrix, self.lora_A, self.lora_B, self.scaling)
+            spec, packed, scale = quantizer.spec, quantizer.packed[::every], quantizer.scale.detach()[::every]
+            return dequantize(unpack(packed, spec.bits, self.weight.shape[1], spec.spacing), store_scale(scale, spec))
+        return adapted(self.matrix[::every], self.lora_A, None if b is None else b[::every], self.scaling)
 
     def adapt(self, rank: int, scaling: float) -> None:
         """Add a low-rank adapter of `rank`; the layer's function does not change until it learns (B is 0).

@@ -140,32 +140,44 @@ class MSE(MinMax):
         self.ratios = _evenly(_WIDEST, shrink, steps)
         self.coarse = self.ratios[0] - self.ratios[1]
         self.most = most
-        self.values: list[Tensor] = []
-        self.importance: list[Tensor] = []
+        self.values: Tensor | None = None
+        self.importance: Tensor | None = None
+        self.seen = 0  # sampled values a row that `values` stands for
         self.sampler = torch.Generator().manual_seed(0)
 
     def observe(self, values: Tensor, importance: Tensor | None = None) -> None:
         """Watch `values` (rows, n), with `importance` (rows, n) or (n,) where columns differ in weight."""
         super().observe(values)
+        assert self.values is None or (importance is None) == (self.importance is None), "with all values or with none"
         sample = self._sample(values.shape[-1])
-        self.values.append(values.detach()[..., sample].float())
-        if importance is not None:
-            self.importance.append(importance.expand_as(values)[..., sample])
+        found = values.detach()[..., sample].float()
+        weight = None if importance is None else importance.expand_as(values)[..., sample]
+        if self.values is not None:
+            places = self._places(self.values.shape[-1], found.shape[-1])
+            found = torch.cat((self.values, found), -1)[..., places]
+            if weight is not None and self.importance is not None:
+                weight = torch.cat((self.importance, weight), -1)[..., places]
+        self.values, self.importance = found, weight
 
     def _sample(self, count: int) -> Tensor | slice:
         # Not every nth: with n a multiple of the features of a token, the same few features would be all it sees.
         # And not without repetition, for which all `count` places would have to be shuffled.
         return slice(None) if count <= self.most else torch.randint(count, (self.most,), generator=self.sampler)
 
+    def _places(self, kept: int, new: int) -> Tensor | slice:
+        """Which of `kept` values and, behind them, `new` ones stay: at most `most`, each as likely as any before."""
+        before, self.seen = max(self.seen, kept), max(self.seen, kept) + new
+        if kept + new <= self.most:
+            return slice(None)
+        stays = torch.arange(kept) if kept == self.most else torch.randint(kept, (self.most,), generator=self.sampler)
+        comes = kept + torch.randint(new, (self.most,), generator=self.sampler)
+        return torch.where(torch.rand(self.most, generator=self.sampler) * self.seen < before, stays, comes)
+
     def scale(self) -> Tensor:
-        start = super().scale()
-        values = torch.cat(self.values, -1)
+        start, values, importance = super().scale(), self.values, self.importance
+        assert values is not None
         if not self.spec.symmetric:
             return self._shrink_ends(values)
-        sample = self._sample(values.shape[-1])
-        importance = torch.cat(self.importance, -1)[..., sample] if self.importance else None
-        values = values[..., sample]
-        assert importance is None or importance.shape == values.shape, "importance goes with all values or with none"
         best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
         signs = (1, -1) if self.signed and self.spec.grid == "full" else (1,)  # others have no unpaired code
         coarse = [sign * ratio for sign in signs for ratio in self.ratios]
@@ -183,7 +195,6 @@ class MSE(MinMax):
 
     def _shrink_ends(self, values: Tensor) -> Tensor:
         """Of an asymmetric tensor: shrink what is covered above 0, then below, each to the least squared error."""
-        values = values[..., self._sample(values.shape[-1])]
 
         def squared_error(_: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
             return fake_quantize(values, scale, self.spec, zero).sub_(values).square_().sum(-1)

@@ -25,6 +25,7 @@ from qat.callbacks.control import (
     Control,
     control_folder,
     hold_control,
+    keep_control,
     load_control,
     measure_control,
     train_control,
@@ -48,11 +49,13 @@ from qat.report.summary import read_summary
 from qat.report.table import run_table
 from qat.resume import check_resume, experiment
 from qat.scheme import SchemeMap
-from qat.structure import untie
+from qat.structure import keep_frequencies, untie
 from qat.tasks.models import check_positions
 from qat.trainer import build_trainer, check_devices, resume_command
 
 log = logging.getLogger("qat")
+
+START = "start.safetensors"  # in the folder of a run with start=control: what it starts from
 
 
 class Run:
@@ -67,6 +70,8 @@ class Run:
         self.cfg, self.out, self._trainer = cfg, out, partial(build_trainer, cfg, out)
         self.stages: dict[str, float] = {}
         self.started = time.monotonic()
+        self._post_training = cfg.trainer.max_steps == 0  # the model is quantized as it is: no optimizer, no control
+        self._calibration_folder = out / "calibration"  # keeps finished blocks until the run is
         self.control: Control | None = None
         self.untrained: dict[str, Measured] | None = None
         self.search: WidthSearch | None = None
@@ -108,7 +113,8 @@ class Run:
             with self._stage("measure packed"):
                 self._measure_packed(task)
         summary = self._report()
-        shutil.rmtree(self._calibration_folder, ignore_errors=True)  # finished blocks, of use to an unfinished run only
+        shutil.rmtree(self._calibration_folder, ignore_errors=True)  # of use to an unfinished run only, as is the start
+        (self.out / START).unlink(missing_ok=True)
         return summary
 
     @contextmanager
@@ -117,16 +123,6 @@ class Run:
         start = time.monotonic()
         yield
         self.stages[name] = round(time.monotonic() - start, 1)
-
-    @property
-    def _post_training(self) -> bool:
-        """Whether the model is quantized as it is: no step, no optimizer, no control."""
-        return self.cfg.trainer.max_steps == 0
-
-    @property
-    def _calibration_folder(self) -> Path:
-        """Where finished blocks are kept until the run is."""
-        return self.out / "calibration"
 
     # -- load ---------------------------------------------------------------------------------------
 
@@ -143,6 +139,7 @@ class Run:
         L.seed_everything(self.cfg.seed, verbose=False)
         model, tokenizer = instantiate(self.cfg.model)
         self.float_bytes = 2 * sum(p.numel() for p in model.parameters())  # in 16 bits, as it is served
+        keep_frequencies(model)
         if self.schemes.quantizes:  # here, so that the control is trained as QAT is
             prepare(model, self.schemes)
             if self.cfg.callbacks.quantization.untie:
@@ -154,7 +151,7 @@ class Run:
         """`_task`, with the weights that quantization starts from."""
         task = self._task()
         if self.cfg.start == "control":
-            load_control(self.control_at, task)
+            load_control(self.control_weights, task)
         return task
 
     def _check(self, task: L.LightningModule) -> None:
@@ -223,7 +220,7 @@ class Run:
     def _measure_coverage(self, task: L.LightningModule) -> None:
         trainer, quantization = self._idle_trainer(), self._quantization()
         quantization.setup(trainer, task, "validate")
-        instantiate(self.cfg.objective).check(task, quantization.start_step)
+        instantiate(self.cfg.objective).check(task, quantization)
         self.reached = measure_coverage(task, trainer, quantization)
 
     # -- control ------------------------------------------------------------------------------------
@@ -233,7 +230,11 @@ class Run:
         trainer: Any = OmegaConf.to_container(self.cfg.trainer, resolve=True)
         # A teacher keeps fine-tuning from overfitting: a control without one would flatter a mixture that has it.
         mixed = {"objective": {**self.cfg.objective, "hidden": 0.0}} if 0 < self.cfg.objective.weight < 1 else {}
-        self.control_at = control_folder(
+        start = self.out / START
+        if start.exists():  # resumed: the teacher must be the one of before, and the control may have been trained anew
+            self.control_weights = start
+            return
+        control_at = control_folder(
             Path(self.cfg.control_dir),
             model=self.digest,
             architecture=self.architecture,
@@ -245,18 +246,17 @@ class Run:
             versions=[__version__, torch.__version__],
             **mixed,
         )
-        with hold_control(self.control_at):
-            if (self.control_at / WEIGHTS).exists() and self.cfg.control == "cached":
-                log.info("control trained before: %s", self.control_at)
-                return
-            log.info("training the float control (kept in %s)", self.control_at)
-            callbacks = [instantiate(objective) for objective in mixed.values()]
-            train_control(
-                self.control_at,
-                self._task(lr=lr),
-                self.data,
-                lambda at: self._trainer(at, callbacks, logger=False, limit_val_batches=0),
-            )
+        self.control_weights = control_at / WEIGHTS
+        with hold_control(control_at):
+            if self.control_weights.exists() and self.cfg.control == "cached":
+                log.info("control trained before: %s", control_at)
+            else:
+                log.info("training the float control (kept in %s)", control_at)
+                callbacks = [instantiate(objective) for objective in mixed.values()]
+                trainer_of = partial(self._trainer, callbacks=callbacks, logger=False, limit_val_batches=0)
+                train_control(control_at, self._task(lr=lr), self.data, trainer_of)
+            if self.cfg.start == "control":
+                keep_control(control_at, start)
 
     def _measure_control(self) -> None:
         trainer, quantization = self._idle_trainer(), self._quantization()
@@ -265,7 +265,7 @@ class Run:
             self.untrained = measure_untrained(measure, self._compared(quantization))
             del measure
         task = self._task()
-        load_control(self.control_at, task)
+        load_control(self.control_weights, task)
         choices = {**CALIBRATIONS, quantization.calibration.name: quantization.calibration}
         self.control = measure_control(task, trainer, quantization, list(choices.values()))
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,17 @@ _PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 _USUAL_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Layers of one parent that servers run as one, by the last parts of their names.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@contextmanager
+def keep_modes(module: nn.Module) -> Iterator[None]:
+    """Within, parts of `module` may be set to train or evaluate; afterwards each does what it did before."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def fused(names: Iterable[str]) -> list[list[str]]:

@@ -100,6 +100,16 @@ def test_a_released_layer_has_the_dequantized_weight():
     assert torch.equal(module.release()(x), wanted)
 
 
+@pytest.mark.parametrize("kind", ["plain", "held", "adapter"])
+def test_some_rows_of_what_is_quantized_are_those_of_all(kind):
+    module = layer(held=kind == "held")
+    if kind == "adapter":
+        module.adapt(2, 2.0)
+        nn.init.normal_(module.lora_B)
+    for every in (1, 3):
+        torch.testing.assert_close(module.adapted_rows(every), module.adapted[::every])
+
+
 def test_what_needs_the_float_weight_is_refused():
     with pytest.raises(ValueError, match="estimator=lsq"):
         layer(STE())

@@ -306,6 +306,7 @@ def test_a_resumed_run_trains_with_the_widths_it_chose_and_so_is_its_control_mea
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, *words)
     monkeypatch.setattr(Run, "_measure_control", kept)
+    assert not list(out.glob("calibration/width-*"))  # the blocks of every width are a model each
     # Another choice than a search would make: only who reads it can end with it.
     table = json.loads((out / "sensitivity.json").read_text())
     table["widths"] = {name: 8 if "self_attn" in name else 2 for name in table["widths"]}
@@ -435,13 +436,19 @@ def test_a_run_that_starts_from_its_control_quantizes_that_and_still_tells_what_
         if trainer.global_step == 5:
             raise KeyboardInterrupt
 
+    def never(*_):
+        raise AssertionError("the teacher would change")
+
     monkeypatch.setattr(Run, "_train", note)
     words = [*words, "start=control"]
     train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/whole")
     with monkeypatch.context() as stopped, pytest.raises(SystemExit):
         stopped.setattr(Distillation, "on_train_batch_end", stop)
         train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/cut")
-    train(monkeypatch, *words, "resume=true", f"hydra.run.dir={tmp_path}/cut")
+    with monkeypatch.context() as resumed:
+        resumed.setattr(stages, "train_control", never)
+        train(monkeypatch, *words, "control=run", "resume=true", f"hydra.run.dir={tmp_path}/cut")
+    assert not (tmp_path / "cut" / stages.START).exists()  # of no use any more
     assert len(started) == 3 and all(torch.equal(started[0][n], s[n]) for s in started for n in started[0])
     summaries = {name: read_summary(tmp_path / name) for name in ("float", "whole", "cut")}
     controls = [load_file(path) for path in (job[0] / "controls").glob("*/control.safetensors")]
@@ -660,6 +667,15 @@ def test_two_runs_at_once_train_their_control_once(job, tmp_path):
     assert sum("control trained before" in output for output in shown) == 1
     losses = [read_summary(tmp_path / name)["control_loss"] for name in "ab"]
     assert losses[0] == losses[1]
+
+
+def test_rotary_frequencies_of_a_float_run_keep_their_dtype(job, monkeypatch, tmp_path):
+    tasks = []
+    monkeypatch.setattr(Run, "_train", lambda self, task, *_: (tasks.append(task), sys.exit())[1])
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *job[1], "quant=none", "objective=next_token", f"hydra.run.dir={tmp_path}/run")
+    frequencies = [b for n, b in tasks[0].to(torch.bfloat16).named_buffers() if n.endswith("inv_freq")]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
 
 
 def test_hydras_own_config_dir_brings_choices_of_the_users(job, monkeypatch, tmp_path):

@@ -174,11 +174,22 @@ def test_the_sample_of_an_activation_sees_every_feature(features):
     x[:, 1] = 1.0 + torch.arange(tokens) / tokens
     observer = MSE(SPEC, most=min(most, x.numel() // 4))
     observer.observe(x.reshape(1, -1))
-    seen = (observer.values[0] != 0).float().mean().item()
+    seen = (observer.values != 0).float().mean().item()
     # Binomial: five standard deviations.
     share = 1 / features
     assert seen == pytest.approx(share, abs=5 * (share / observer.most) ** 0.5)
     assert seen > 0
+
+
+def test_of_many_observations_no_more_is_held_than_of_one_and_each_has_its_share():
+    observer, most = MSE(SPEC, most=1024), 1024
+    for number in range(1, 11):
+        observer.observe(torch.full((2, 700), float(number)))
+        assert observer.values.shape == (2, min(700 * number, most))
+    assert torch.equal(*observer.values)  # the same columns in every row
+    for number in range(1, 11):  # binomial: five standard deviations
+        share = (observer.values == number).float().mean().item()
+        assert share == pytest.approx(0.1, abs=5 * (0.1 / most) ** 0.5)
 
 
 def test_a_large_sample_finds_nearly_the_scale_of_all_values():

@@ -27,6 +27,7 @@ from transformers import Cache
 from qat.calibration.block_files import BlockFiles
 from qat.fake_quantizer import Stage, real_tokens, token_mask
 from qat.insertion import layers, set_stage
+from qat.structure import keep_modes
 
 log = logging.getLogger(__name__)
 
@@ -235,9 +236,9 @@ def _outputs(
     block: nn.Module, index: int, batches: list[_Batch], inputs: list[Tensor] | None = None
 ) -> Iterator[Tensor]:
     """What `block`, in evaluation mode, makes of each batch, or of `inputs` in its place, on the CPU, one at a time."""
-    training, device = block.training, next(block.parameters()).device
-    block.eval()
-    try:
+    device = next(block.parameters()).device
+    with keep_modes(block):
+        block.eval()
         for position, batch in enumerate(batches):
             hidden = batch.hidden if inputs is None else inputs[position]
             args, kwargs = batch.calls[index]
@@ -245,8 +246,6 @@ def _outputs(
             with torch.autocast(device.type, dtype=batch.autocast, enabled=enabled), token_mask(batch.mask):
                 output = block(hidden.to(device), *args, **kwargs)
             yield (output[0] if isinstance(output, tuple) else output).cpu()
-    finally:
-        block.train(training)
 
 
 def _advance(batches: list[_Batch], outputs: Iterable[Tensor]) -> None:

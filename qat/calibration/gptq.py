@@ -292,7 +292,8 @@ class Grams:
             if self.leader[name] == name:
                 tokens = unmasked(layer.rows(x.detach())).float()
                 if len(tokens):
-                    product = tokens.T @ tokens
+                    with torch.autocast(tokens.device.type, enabled=False):  # it would multiply, and sum, in 16 bits
+                        product = tokens.T @ tokens
                     self._sums[name] = self._sums[name].add_(product) if name in self._sums else product
 
         return note

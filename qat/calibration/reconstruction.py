@@ -37,6 +37,7 @@ from qat.functional import (
 )
 from qat.insertion import layers, quantizers, set_stage
 from qat.nn import FakeQuantLayer
+from qat.structure import keep_modes
 
 log = logging.getLogger(__name__)
 
@@ -177,17 +178,17 @@ class Reconstruction:
         self.first(block, run)
         if self.learn == "rounding":
             _harden(block)  # at once, where a dtype cannot hold the grid
-        training = block.training
-        block.eval()
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         try:
-            before = _error(block, examples)
-            with torch.enable_grad():
-                if self.learn == "rounding":
-                    self._learn_rounding(block, examples, weights, before)
-                else:
-                    self._learn_weights(block, examples, before)
-            after = _error(block, examples)
+            with keep_modes(block):
+                block.eval()
+                before = _error(block, examples)
+                with torch.enable_grad():
+                    if self.learn == "rounding":
+                        self._learn_rounding(block, examples, weights, before)
+                    else:
+                        self._learn_weights(block, examples, before)
+                after = _error(block, examples)
             if not after <= before:
                 block.load_state_dict(start)
             _harden(block)
@@ -196,7 +197,6 @@ class Reconstruction:
             block.load_state_dict(start)
             raise
         finally:
-            block.train(training)
             set_stage(block, Stage.FLOAT)
         return before, min(before, after)
 

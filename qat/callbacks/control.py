@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,9 +89,20 @@ def train_control(
         checkpoint.unlink(missing_ok=True)  # another job of a sweep may have trained the same
 
 
-def load_control(folder: Path, pl_module: L.LightningModule) -> None:
-    """Overwrite the weights of `pl_module` with the trained control's."""
-    pl_module.load_state_dict(load_file(folder / WEIGHTS))
+def load_control(path: Path, pl_module: L.LightningModule) -> None:
+    """Overwrite the weights of `pl_module` with the trained control's, of this file."""
+    pl_module.load_state_dict(load_file(path))
+
+
+def keep_control(folder: Path, path: Path) -> None:
+    """Make `path` a file of the control's weights that lasts, whatever becomes of those in `folder`."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(folder / WEIGHTS, temporary)
+    except OSError:  # on another disk
+        shutil.copyfile(folder / WEIGHTS, temporary)
+    os.replace(temporary, path)
 
 
 def measure_control(

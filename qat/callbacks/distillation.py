@@ -17,6 +17,7 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.calibration import Rotation
 from qat.calibration.blocks import find_blocks
 from qat.callbacks.batches import after, restore
 from qat.callbacks.quantization import QuantizationAwareTraining
@@ -76,21 +77,21 @@ class Distillation(L.Callback):
     def _teaches(self) -> bool:
         return bool(self.weight or self.hidden)
 
-    def check(self, pl_module: L.LightningModule, start_step: int, quantizes: bool = True) -> None:
+    def check(self, pl_module: L.LightningModule, quantization: QuantizationAwareTraining | None) -> None:
         """Refuse what cannot be distilled before anything long.
 
         Args:
             pl_module: its model built; the blocks that hidden=... compares are looked for once it is quantized.
-            start_step: optimizer steps in float before quantization starts.
-            quantizes: whether anything is quantized at all.
+            quantization: how it is quantized; None if it is not.
 
         Raises:
-            ValueError: another vocabulary, a model that is its own teacher, or no blocks to compare.
+            ValueError: another vocabulary, a model that is its own teacher, no blocks to compare, or blocks whose
+                outputs are rotated.
         """
         if not self._teaches:
             return
-        own = self.teacher is None
-        if own and not quantizes:
+        own, start_step = self.teacher is None, 0 if quantization is None else quantization.start_step
+        if own and quantization is None:
             raise ValueError(
                 "nothing is quantized, so the model's own float weights have nothing to teach it: objective=next_token "
                 "trains it plainly"
@@ -99,6 +100,11 @@ class Distillation(L.Callback):
             raise ValueError(
                 f"until step {start_step} the model is its own teacher and learns nothing: set start_step=0, or a "
                 "distillation weight below 1"
+            )
+        if self.hidden and quantization is not None and isinstance(quantization.calibration, Rotation):
+            raise ValueError(
+                f"calibration {quantization.calibration.name} rotates what the blocks hand on, and not what the "
+                "teacher's do: their hidden states cannot be compared (objective.hidden=0)"
             )
         part = pl_module.get_submodule(self.submodule)
         if layers(part):
@@ -142,7 +148,7 @@ class Distillation(L.Callback):
 
     def _copy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-        self.check(pl_module, found[0].start_step if found else 0)
+        self.check(pl_module, found[0] if found else None)
         if self.teacher is not None:
             return
         part = pl_module.get_submodule(self.submodule)

@@ -13,6 +13,7 @@ from qat.evaluation.losses import to_device
 from qat.export import Artifact, export
 from qat.export.fold import record
 from qat.insertion import at_width, widths
+from qat.structure import keep_modes
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Export(L.Callback):
         model = quantization.quantized(pl_module)
         # The weights moved once more after the last batch (if there was any), so one more training-mode forward, with
         # the precision and the code path of training, is what the artifact has to equal.
-        with record(model) as recorded:
+        with record(model) as recorded, keep_modes(pl_module):
             batch = self._batch if self._batch is not None else next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
             pl_module.train()
             for norm in (m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):

@@ -35,7 +35,7 @@ class NaNGuard(L.Callback):
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss of step {trainer.global_step} is {loss.item()}; the weights are those before it. "
-                "Try a lower learning rate, of the weights or of the scales"
+                "Start again with a lower learning rate, of the weights or of the scales"
             )
 
     def on_before_optimizer_step(
@@ -52,8 +52,8 @@ class NaNGuard(L.Callback):
             bad, gradient = named[int(finite.int().argmin())]
             what = "has a norm beyond its dtype" if torch.isfinite(gradient).all() else "holds NaN or infinite values"
             raise ValueError(
-                f"the gradient of {bad} at step {trainer.global_step} {what}; the weights are those before it. Try a "
-                "lower learning rate, of the weights or of the scales"
+                f"the gradient of {bad} at step {trainer.global_step} {what}; the weights are those before it. "
+                "Start again with a lower learning rate, of the weights or of the scales"
             )
 
 
@@ -68,6 +68,7 @@ class SafeExit(L.Callback):
     def __init__(self, path: str | Path, command: str):
         self.path, self.command = Path(path), command
         self.asked = False
+        self._between = True  # optimizer steps: a checkpoint holds no gradients, and amid a step would lose them
         self._step = 0  # optimizer steps before the batch under way
         self._previous: dict[int, Any] = {}
 
@@ -90,18 +91,19 @@ class SafeExit(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # A checkpoint holds no gradients: one amid the batches of an accumulated step would lose them.
-        if not self.asked or trainer.global_step == self._step:
+        self._between = trainer.global_step != self._step
+        if not self.asked or not self._between:
             return
         trainer.save_checkpoint(self.path)
         log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
         raise KeyboardInterrupt
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        whole = all(torch.isfinite(p).all() for p in pl_module.parameters())  # else the last checkpoint is better
-        if isinstance(exception, ValueError) and trainer.global_step and whole and not self.asked:
-            trainer.save_checkpoint(self.path)
-            log.warning("saved step %d to %s; go on with\n  %s", trainer.global_step, self.path, self.command)
+        if isinstance(exception, ValueError) and trainer.global_step and not self.asked:
+            if self._between and all(torch.isfinite(p).all() for p in pl_module.parameters()):
+                trainer.save_checkpoint(self.path)
+            if self.path.exists():
+                log.warning("%s holds the last good state; go on from it with\n  %s", self.path, self.command)
         self._restore()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -24,7 +24,7 @@ from qat.evaluation.losses import to_device
 from qat.fake_quantizer import Stage, token_mask
 from qat.insertion import insert, layers, prepare, quantizers, set_stage
 from qat.scheme import SchemeMap
-from qat.structure import untie
+from qat.structure import keep_modes, untie
 from qat.training import scale_steps
 
 log = logging.getLogger(__name__)
@@ -228,15 +228,12 @@ class QuantizationAwareTraining(L.Callback):
                     "calibration_dataloader(), or QuantizationAwareTraining a calibration_loader"
                 )
             loader = source()
-        training = pl_module.training
-        pl_module.eval()
-        try:
+        with keep_modes(pl_module):
+            pl_module.eval()
             for batch in loader:
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with trainer.precision_plugin.forward_context(), token_mask(mask), muted(pl_module):
                     self.forward(pl_module, trainer.precision_plugin.convert_input(to_device(batch, pl_module)))
-        finally:
-            pl_module.train(training)
 
 
 def quantization_of(trainer: L.Trainer, wanted_by: str) -> QuantizationAwareTraining:

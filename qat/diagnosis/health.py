@@ -175,7 +175,7 @@ def _watched(layer: FakeQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
     """
     quantizer, every = layer.weight_quantizer, _every(layer)
     assert quantizer.scale is not None
-    rows = layer.adapted.detach()[::every]
+    rows = layer.adapted_rows(every).detach()
     used = quantizer.weight_scale(rows, every)
     scale = quantizer.scale.detach()[::every] if quantizer.estimator.learns_scale else used
     margin = quantizer.estimator.margin(quantizer.spec)

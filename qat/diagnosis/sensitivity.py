@@ -13,6 +13,7 @@ weights of one group at a time take the place of the float ones.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,7 @@ def measure(
                 table["rows"] += [_row(g, bits, found[g.name], errors, table["traces"], weights) for g in groups]
                 if path is not None:
                     write_table(table, path)
+                    shutil.rmtree(path.parent / "calibration" / f"width-{bits}", ignore_errors=True)  # a model's size
             else:
                 progress.advance(task, steps)
     return table
@@ -118,7 +120,7 @@ class _Inserted:
         self.layers = layers(self.model)
         self.float = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         try:
-            folder = None if path is None else path.parent / "calibration"
+            folder = None if path is None else path.parent / "calibration" / f"width-{self.bits}"
             self.search.calibration(self.model, run, folder)
             self.quantized = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
             self._put(self.float)

@@ -77,7 +77,7 @@ def evaluate(
     """Run `module` over `loader` in evaluation mode and sum its losses by document.
 
     Args:
-        module: anything that `losses` understands; its training flag is restored afterwards.
+        module: anything that `losses` understands; the training flags of all its parts are put back afterwards.
         loader: batches; their tensors are moved to the module's device (`to_device`).
         losses: (module, batch) -> Losses.
         context: entered around every batch (a precision plugin's forward context).
@@ -86,7 +86,7 @@ def evaluate(
     Raises:
         ValueError: no token had a label, or a loss was not finite (named by document).
     """
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     parts: list[Losses] = []
     try:
@@ -94,7 +94,8 @@ def evaluate(
             with context():
                 parts.append(losses(module, to_device(batch, module)))
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training
     return by_document(parts)
 
 

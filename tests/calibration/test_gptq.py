@@ -8,7 +8,7 @@ import torch
 from llama_data import G32, batches, inserted, logits, runner
 
 from qat.calibration import GPTQ, RangeCalibration
-from qat.calibration.gptq import gptq_codes, inverse_factor
+from qat.calibration.gptq import Grams, gptq_codes, inverse_factor
 from qat.calibration.method import write_back
 from qat.export import fold
 from qat.fake_quantizer import Stage
@@ -33,6 +33,20 @@ def problem(out: int, inputs: int, kind: QuantSpec, seed: int = 0, tokens: int =
 def cost(weight, x, codes, scale) -> float:
     """||X (W - Q)^T||^2, float64."""
     return float((x.double() @ (weight - dequantize(codes, scale)).double().T).square().sum())
+
+
+def test_products_of_inputs_are_summed_in_float32_under_autocast_too(tiny_llama):
+    model = inserted(tiny_llama())
+    grams = Grams(layers(model))
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, layer in layers(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), grams.watch():
+        for batch in batches():
+            model(input_ids=batch["input_ids"], use_cache=False)
+    for name, inputs in seen.items():
+        rows = torch.cat([x.flatten(0, 1) for x in inputs]).float()
+        torch.testing.assert_close(grams.of(name), rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "by activation"])

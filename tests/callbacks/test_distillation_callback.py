@@ -10,6 +10,7 @@ from digits import Classifier, LateClassifier, digits, int4, trainer
 from torch import nn
 from torch.nn import functional as F
 
+from qat.calibration import Rotation
 from qat.callbacks import Distillation
 from qat.callbacks.distillation import _known
 from qat.fake_quantizer import Stage
@@ -260,10 +261,18 @@ def test_another_vocabulary_is_refused_before_anything_runs():
     module = L.LightningModule()
     module.model = sized(100)
     with pytest.raises(ValueError, match="100 tokens and the teacher 99"):
-        Distillation(teacher=sized(99)).check(module, 0)
+        Distillation(teacher=sized(99)).check(module, int4())
     with pytest.raises(ValueError, match="nothing is quantized"):
-        Distillation().check(module, 0, quantizes=False)
-    Distillation(weight=0.0).check(module, 5, quantizes=False)
+        Distillation().check(module, None)
+    Distillation(weight=0.0).check(module, None)
+
+
+def test_hidden_states_of_a_rotated_model_are_not_compared():
+    rotated = int4()
+    rotated.calibration = Rotation("rotation, gptq")
+    distillation(hidden=0.0).check(Classifier(), rotated)
+    with pytest.raises(ValueError, match=r"rotation, gptq rotates what the blocks hand on.*objective\.hidden=0"):
+        distillation(hidden=0.1).check(Classifier(), rotated)
 
 
 def test_a_mixture_may_start_in_float():

@@ -85,6 +85,25 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(tmp_path
     assert path.read_bytes() == b"good"
 
 
+@pytest.mark.parametrize("at,step,kept", [(7, 3, b"good"), (8, 4, None)], ids=["amid a step", "between steps"])
+def test_a_fault_amid_an_accumulated_step_does_not_save_a_state_without_its_gradients(tmp_path, at, step, kept):
+    class Fault(L.Callback):
+        seen = 0
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if self.seen == at:
+                raise ValueError("fault")
+            self.seen += 1
+
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"good")
+    run = trainer(SafeExit(path, "again"), Fault(), max_epochs=-1, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="fault"):
+        run.fit(Classifier(), digits(batch_size=100)[0])
+    assert run.global_step == step
+    assert path.read_bytes() == kept if kept else torch.load(path, weights_only=False)["global_step"] == step
+
+
 class Interrupt(L.Callback):
     """Presses Ctrl-C in the middle of a batch, counted from 0."""
 

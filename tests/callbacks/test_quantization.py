@@ -8,8 +8,8 @@ import torch
 from digits import STEPS, Classifier, LateClassifier, digits, int4, trainer
 from torch import nn
 
-from qat.calibration import RangeCalibration
-from qat.callbacks import QuantizationAwareTraining
+from qat.calibration import CALIBRATIONS, RangeCalibration, Reconstruction
+from qat.callbacks import QuantizationAwareTraining, Recovery
 from qat.estimators import DSQ, LSQ, STE
 from qat.fake_quantizer import Stage
 from qat.functional import store_scale
@@ -322,6 +322,29 @@ def test_training_in_several_processes_is_refused_and_validation_is_not():
     assert not layers(module)
     int4().setup(several, module, "validate")
     assert layers(module)
+
+
+@pytest.mark.parametrize("calibration", ["mse", "gptq", "adaround"])
+def test_what_the_user_froze_in_evaluation_mode_stays_so(calibration):
+    class Frozen(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(*self.network[:2], nn.BatchNorm1d(64), nn.Dropout(0.5), *self.network[2:])
+            self.network[2:4].eval()
+            self.modes = set()
+
+        def training_step(self, batch, batch_idx):
+            self.modes.add(tuple(part.training for part in self.network))
+            return super().training_step(batch, batch_idx)
+
+    module, train = Frozen(), digits(500)[0]
+    chosen = CALIBRATIONS.get(calibration) or Reconstruction(steps=2)
+    quantization = int4(("*network.6",), calibration=chosen, calibration_loader=train)
+    trainer(quantization, Recovery(), steps=3, limit_val_batches=1).fit(module, train, digits(500)[1])
+    assert len(module.modes) == 1 and module.modes.pop()[2:4] == (False, False)
+    assert [part.training for part in module.network[2:4]] == [False, False] and module.network[
+        2
+    ].num_batches_tracked == 0
 
 
 def test_a_bad_freeze_share_is_refused():

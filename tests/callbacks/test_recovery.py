@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from qat.calibration import RangeCalibration
 from qat.callbacks import QuantizationAwareTraining, Recovery
 from qat.callbacks.batches import step_losses
-from qat.callbacks.control import control_folder, load_control, train_control, weights_digest
+from qat.callbacks.control import WEIGHTS, control_folder, load_control, train_control, weights_digest
 from qat.callbacks.recovery import Control
 from qat.fake_quantizer import Stage
 from qat.insertion import insert, set_stage
@@ -194,7 +194,7 @@ def test_the_control_is_trained_once_and_equals_plain_training(tmp_path):
     train_control(folder, Classifier(), Data(), lambda checkpoints: trainer(steps=6))
     plain, loaded = Classifier(), Classifier()
     trainer(steps=6).fit(plain, LOADERS[0])
-    load_control(folder, loaded)
+    load_control(folder / WEIGHTS, loaded)
     for (name, value), other in zip(plain.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
