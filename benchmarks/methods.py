@@ -286,11 +286,15 @@ def control(kind: str, scheme: str | None, lr: float, seed: int, steps: int, bat
     return {"losses": plain(measured.ptq), "calibration": measured.calibration}
 
 
-class Runs:
-    """Finished runs by what they were, in a JSON file; what is not there is run."""
+class Missing(Exception):
+    """A run that is not finished, and shall not be run."""
 
-    def __init__(self, path: Path, blocks: Path, threads: int, console: Console):
-        self.path, self.blocks, self.threads, self.console = path, blocks, threads, console
+
+class Runs:
+    """Finished runs by what they were, in a JSON file; what is not there is run, or with `finished` Missing."""
+
+    def __init__(self, path: Path, blocks: Path, threads: int, console: Console, finished: bool = False):
+        self.path, self.blocks, self.threads, self.console, self.finished = path, blocks, threads, console, finished
         model = weights_digest(load("stdlib_llama")[0])
         self.state = json.loads(path.read_text()) if path.exists() else {"model": model, "runs": {}}
         if self.state["model"] != model:
@@ -301,6 +305,8 @@ class Runs:
         facts = json.loads(json.dumps(facts))  # lists, where the file has them
         if name in runs and runs[name]["facts"] != facts:
             raise SystemExit(f"{name!r} in {self.path} was run with other settings: {runs[name]['facts']}, now {facts}")
+        if name not in runs and self.finished:
+            raise Missing(name)
         if name not in runs:
             start = time.perf_counter()
             found = isolated(function, self.threads, *arguments)
@@ -310,10 +316,9 @@ class Runs:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.state) + "\n")
             os.replace(temporary, self.path)
-        loss = {split: losses(runs[name], split).loss for split in ("validation", "test")}
-        self.console.print(
-            f"{name}, {runs[name]['all_seconds']} s: validation {loss['validation']:.5f}, test {loss['test']:.5f}"
-        )
+            loss = {split: losses(runs[name], split).loss for split in ("validation", "test")}
+            spent = runs[name]["all_seconds"]
+            self.console.print(f"{name}, {spent} s: validation {loss['validation']:.5f}, test {loss['test']:.5f}")
         return runs[name]
 
     def lever(self, kind: str, scheme: str, name: str, lr: float, seed: int) -> dict[str, Any]:
@@ -376,10 +381,13 @@ def rows(names: list[str], runs: Runs, kind: str, scheme: str, seeds: list[int])
     default = pooled(losses(runs.lever(kind, scheme, "default", rate, s)) for s in seeds)
     found = []
     for name in names:
-        lr = runs.best_rate(kind, scheme, name, first)
-        own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
+        try:
+            lr = runs.best_rate(kind, scheme, name, first)
+            own = [runs.lever(kind, scheme, name, lr, s) for s in seeds]
+            controls = [runs.control(kind, name, quantized, first) for quantized in (None, scheme)]
+        except Missing:
+            continue
         here = pooled(losses(r) for r in own)
-        controls = [runs.control(kind, name, quantized, first) for quantized in (None, scheme)]
         best, worst = (pooled([losses(run)] * len(seeds)) for run in controls)
         if not found:
             above = f"{1e3 * difference(worst, best).value:+.1f}"
@@ -410,7 +418,9 @@ def markdown(tables: dict[str, list[Row]]) -> str:
     by_name: dict[str, dict[str, Row]] = {}
     for title, table in tables.items():
         for line in table:
-            by_name.setdefault(line.lever.split(",", 1)[0] if "PTQ" in line.lever else line.lever, {})[title] = line
+            by_name.setdefault("PTQ(control)" if line.lever.startswith("PTQ(control)") else line.lever, {})[title] = (
+                line
+            )
     lines = [["", *tables], ["---"] * (len(tables) + 1)]
     for name, found in by_name.items():
         cells = [found.get(title) for title in tables]
@@ -439,14 +449,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--blocks", type=Path, default=Path("outputs/methods"), help="keeps what is calibrated")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--finished", action="store_true", help="run nothing: leave out what is not in the JSON file")
     parser.add_argument("--markdown", action="store_true", help="print all schemes as one table in Markdown, too")
     arguments = parser.parse_args()
     peers = {LEVERS[name].method for name in arguments.levers} & PEERS.keys()
-    for missing in [m for m in peers if importlib.util.find_spec(m) is None]:
+    for missing in [m for m in peers if not arguments.finished and importlib.util.find_spec(m) is None]:
         parser.error(f"{missing} is not installed here: leave its levers out with --levers")
     torch.set_num_threads(1)  # a fork inherits no threads: the parent must not have started any
     console = Console(width=160)
-    runs = Runs(arguments.json, arguments.blocks, arguments.threads, console)
+    runs = Runs(arguments.json, arguments.blocks, arguments.threads, console, arguments.finished)
     tables = {}
     for kind, scheme in itertools.product(arguments.models, arguments.schemes):
         weight, inputs = SCHEMES[scheme]
