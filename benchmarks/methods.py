@@ -418,9 +418,8 @@ def markdown(tables: dict[str, list[Row]]) -> str:
     by_name: dict[str, dict[str, Row]] = {}
     for title, table in tables.items():
         for line in table:
-            by_name.setdefault("PTQ(control)" if line.lever.startswith("PTQ(control)") else line.lever, {})[title] = (
-                line
-            )
+            name = "PTQ(control)" if line.lever.startswith("PTQ(control)") else line.lever
+            by_name.setdefault(name, {})[title] = line
     lines = [["", *tables], ["---"] * (len(tables) + 1)]
     for name, found in by_name.items():
         cells = [found.get(title) for title in tables]
