@@ -318,25 +318,27 @@ def _inspect(args: argparse.Namespace) -> None:
     if not (args.directory / "config.json").is_file() or not _is_packed(args.directory):
         raise ValueError(f"{args.directory} is not a packed model: give a folder that a run exported (RUN/export)")
     model, _ = _load(args.directory, "reference", text=False)
-    whole = None if args.against is None else dict(_load(args.against, "reference")[0].named_parameters())
+    whole = None if args.against is None else _load(args.against, "reference", text=False)[0]
     rows = _layers(model, whole, args.against)
     packed = {row["name"] for row in rows}
-    rest = _bytes(tensor for name, tensor in model.named_parameters() if name.rpartition(".")[0] not in packed)
+    rest = sum(tensor.nbytes for name, tensor in model.named_parameters() if name.rpartition(".")[0] not in packed)
     cache = next((module.kv_cache.extra_repr() for module in model.modules() if hasattr(module, "kv_cache")), None)
     Console().print(layers_table(rows, rest, cache))
 
 
-def _bytes(tensors: Iterable[Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> list[dict[str, Any]]:
+def _layers(model: Any, whole: Any, against: Path | None) -> list[dict[str, Any]]:
     """One row a packed layer: name, scheme, shape, bytes, float_bytes (at 16 bits), scale_range, error."""
     from qat.functional import dequantize
     from qat.inference import PackedLinear
     from qat.inference.packed_layers import PackedConv2d, PackedEmbedding
+    from qat.nn import LAYERS
     from qat.packing import unpack
+    from qat.structure import LinearExperts, fold_batch_norms, unfuse_experts
 
+    if whole is not None:  # in the form in which it was quantized
+        parts = dict(model.named_modules())
+        unfuse_experts(whole, lambda name: isinstance(parts.get(name), LinearExperts))
+        fold_batch_norms(whole, lambda name: isinstance(parts.get(name), PackedConv2d))
     rows: list[dict[str, Any]] = []
     seen = set()  # the table of a tied pair counts once
     for name, layer in model.named_modules():
@@ -347,13 +349,15 @@ def _layers(model: Any, whole: dict[str, Any] | None, against: Path | None) -> l
             "name": name,
             "scheme": str(layer.scheme),
             "shape": [layer.out_features, layer.in_features],
-            "bytes": _bytes(layer.buffers()),
+            "bytes": sum(tensor.nbytes for tensor in layer.buffers()),
             "float_bytes": 2 * layer.out_features * layer.in_features,
             "scale_range": [float(layer.scale.abs().min()), float(layer.scale.abs().max())],
             "error": None,
         }
         if whole is not None:
-            weight = whole.get(f"{name}.weight")
+            original: Any = dict(whole.named_modules()).get(name)
+            kind = LAYERS.get(type(original))
+            weight = None if kind is None else kind.as_matrix(original.weight.detach())
             if weight is None or list(weight.shape) != row["shape"]:
                 raise ValueError(f"{against} has no layer {name} of shape {row['shape']}: is it the same architecture?")
             spec = layer.scheme.weight

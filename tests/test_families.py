@@ -6,6 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qat.calibration import AWQ, CALIBRATIONS, Rotation, SmoothQuant
+from qat.cli import _layers
 from qat.export import export, record
 from qat.fake_quantizer import Stage, token_mask
 from qat.functional import dequantize
@@ -123,6 +124,15 @@ def test_a_family_goes_the_whole_way_and_every_reader_gets_what_was_trained(name
         served(TOKENS)  # dequantizes
     for layer, used in recorded.items():
         assert torch.equal(stored(served, layer), dequantize(used.codes, used.scale).to(dtype).float()), layer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_inspected_against_the_float_model_in_whatever_form_that_has_them(name, tmp_path):
+    model = calibrated(name, "absmax")
+    exported(model, tmp_path / "m")
+    rows = _layers(load_packed(tmp_path / "m")[0], family(name), tmp_path)
+    assert len(rows) == len(layers(model))
+    assert all(0.01 < row["error"] < 0.15 for row in rows)  # what rounding to 4 bits costs
 
 
 @pytest.mark.parametrize("method", [AWQ(), SmoothQuant(), Rotation()], ids=lambda m: m.name)
