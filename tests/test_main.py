@@ -25,7 +25,7 @@ from qat.data.documents import python_stdlib
 from qat.main import main
 from qat.report import read_summary
 from qat.stages import Run
-from qat.tasks.models import new_llama
+from qat.tasks.models import load, new_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -668,6 +668,27 @@ def test_two_runs_at_once_train_their_control_once(job, tmp_path):
     assert sum("control trained before" in output for output in shown) == 1
     losses = [read_summary(tmp_path / name)["control_loss"] for name in "ab"]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "words,warned",
+    [(["quant=w4a8"], True), (["quant=w4a16"], False), (["quant=w4a8", "calibration=smoothquant"], False)],
+    ids=["w4a8", "weights alone", "smoothquant"],
+)
+def test_outliers_that_nothing_is_done_about_are_named_with_the_remedy(
+    words, warned, job, monkeypatch, tmp_path, caplog
+):
+    model, tokenizer = load(str(job[0] / "model"))
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] *= 1000
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [*job[1], *words, f"model.name={tmp_path}/model", "trainer.max_steps=0"]
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/run")
+    said, shown = "3 input channels in 3 layers are over 10 times as large as the median one", capsys.readouterr().out
+    assert (said in shown and "calibration=rotation spreads them" in shown) is warned
+    outliers = {row["name"]: row["outlier_inputs"] for row in read_summary(tmp_path / "run")["layers"]}
+    assert outliers["model.layers.0.self_attn.q_proj"] == 1 and outliers["model.layers.0.mlp.up_proj"] == 0
 
 
 def test_rotary_frequencies_of_a_float_run_keep_their_dtype(job, monkeypatch, tmp_path):

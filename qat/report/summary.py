@@ -32,7 +32,7 @@ _ROWS = {
     "history": ("step", "qat_loss", "recovery", "recovery_over_control"),
     "train_history": ("step", "loss"),
     "health": ("step", "oscillation", "changed", "clipped", "scale_drift", "gradient_ratio"),
-    "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error", "tokens", "dead_inputs"),
+    "layers": ("name", "scheme", "shape", "bytes", "float_bytes", "error", "tokens", "dead_inputs", "outlier_inputs"),
     "sensitivity": ("name", "bits", "bytes", "kl", "loss", "fisher", "chosen_bits"),
     "frontier": ("name", "bits", "predicted"),
 }

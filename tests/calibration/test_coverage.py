@@ -74,6 +74,14 @@ def test_data_of_padding_only_is_refused():
         covered(model, torch.ones(1, 2, 4), torch.zeros(1, 2))
 
 
+def test_outliers_are_channels_many_times_larger_than_the_median_that_is_not_dead():
+    model = nn.Sequential(nn.Linear(6, 3))
+    insert(model, uniform(CHANNEL))
+    x = torch.tensor([[[0.0, 1, 2, 3, 29, -31]], [[0, -1, 2, -3, -29, 31]]])  # the median of five is 3
+    assert covered(model, x).reached["0"] == Reached(tokens=2, inputs=6, dead=1, outliers=1)
+    assert covered(model, torch.zeros(1, 2, 6)).reached["0"] == Reached(tokens=2, inputs=6, dead=6, outliers=0)
+
+
 def test_thin_data_and_dead_channels_are_said(caplog):
     model = nn.Sequential(nn.Linear(8, 3))
     insert(model, uniform(CHANNEL))
