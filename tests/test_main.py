@@ -676,7 +676,7 @@ def test_two_runs_at_once_train_their_control_once(job, tmp_path):
     ids=["w4a8", "weights alone", "smoothquant"],
 )
 def test_outliers_that_nothing_is_done_about_are_named_with_the_remedy(
-    words, warned, job, monkeypatch, tmp_path, caplog
+    words, warned, job, monkeypatch, tmp_path, capsys
 ):
     model, tokenizer = load(str(job[0] / "model"))
     with torch.no_grad():
