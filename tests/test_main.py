@@ -685,8 +685,10 @@ def test_outliers_that_nothing_is_done_about_are_named_with_the_remedy(
     tokenizer.save_pretrained(tmp_path / "model")
     words = [*job[1], *words, f"model.name={tmp_path}/model", "trainer.max_steps=0"]
     train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/run")
-    said, shown = "3 input channels in 3 layers are over 10 times as large as the median one", capsys.readouterr().out
-    assert (said in shown and "calibration=rotation spreads them" in shown) is warned
+    said = (
+        r"input channels in \d layers are over 10 times as large as the median one.*calibration=rotation spreads them"
+    )
+    assert bool(re.search(said, capsys.readouterr().out)) is warned
     outliers = {row["name"]: row["outlier_inputs"] for row in read_summary(tmp_path / "run")["layers"]}
     assert outliers["model.layers.0.self_attn.q_proj"] == 1 and outliers["model.layers.0.mlp.up_proj"] == 0
 
