@@ -377,8 +377,11 @@ class Row:
 def rows(names: list[str], runs: Runs, kind: str, scheme: str, seeds: list[int]) -> list[Row]:
     """PTQ of the default's control, and then every lever."""
     first = seeds[0]
-    rate = runs.best_rate(kind, scheme, "default", first)
-    default = pooled(losses(runs.lever(kind, scheme, "default", rate, s)) for s in seeds)
+    try:
+        rate = runs.best_rate(kind, scheme, "default", first)
+        default = pooled([losses(runs.lever(kind, scheme, "default", rate, s)) for s in seeds])
+    except Missing:
+        return []
     found = []
     for name in names:
         try:
