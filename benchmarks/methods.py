@@ -131,6 +131,9 @@ LEVERS = {
     "hidden states 10": Lever(hidden=10.0),
     "hidden states 100": Lever(hidden=100.0),
     "hidden states 10, from learned rounding": Lever(hidden=10.0, calibration="adaround"),
+    "hidden states 10, temperature 2, from learned rounding": Lever(
+        hidden=10.0, temperature=2.0, calibration="adaround"
+    ),
     "2 bits without zero, from learned rounding": Lever(levels="odd", calibration="adaround"),
     "2 bits without zero, hidden states 10, from learned rounding": Lever(
         levels="odd", hidden=10.0, calibration="adaround"
