@@ -52,7 +52,7 @@ def check(
         trainable.check(quantized, chosen, quantization)
         instantiate(cfg.callbacks.nested).check(chosen)
         instantiate(cfg.callbacks.oscillation).check(quantization.estimator, trainable.weights_learn)
-    instantiate(cfg.objective).check(task, quantization if schemes.quantizes else None)
+    instantiate(cfg.objective).check(task, quantization if schemes.quantizes else None, schemes.quantizes)
 
 
 def export_dtype(cfg: DictConfig) -> torch.dtype | None:

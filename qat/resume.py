@@ -58,14 +58,17 @@ def check_resume(out: Path, cfg: DictConfig, **digests: str) -> None:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     named = {f"digest of {name}": value for name, value in digests.items()}
-    now = json.loads(json.dumps(dict(_flat({**plain, **named})), default=str))  # as it will be read back
+    # What training starts from depends on it, if that is the control.
+    free = tuple(name for name in _FREE if name != "control_lr" or cfg.get("start") != "control")
+    now = json.loads(json.dumps(dict(_flat({**plain, **named}, free=free)), default=str))  # as it will be read back
     path = out / RECORD
     if not cfg.resume or not path.exists():  # what was refused or killed before its first step left a record too
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=1) + "\n")
         os.replace(temporary, path)
         return
-    before = json.loads(path.read_text())
+    before = {"start": "float", **json.loads(path.read_text())}  # of runs that had no choice
+    now = {"start": "float", **now}
     for key in [*now, *before]:
         if now.get(key) != before.get(key):
             raise ValueError(

@@ -231,7 +231,7 @@ class Run:
         # A teacher keeps fine-tuning from overfitting: a control without one would flatter a mixture that has it.
         mixed = {"objective": {**self.cfg.objective, "hidden": 0.0}} if 0 < self.cfg.objective.weight < 1 else {}
         start = self.out / START
-        if start.exists():  # resumed: the teacher must be the one of before, and the control may have been trained anew
+        if self.cfg.resume and start.exists():  # the teacher of before, whatever has become of the shared control
             self.control_weights = start
             return
         control_at = control_folder(
@@ -247,8 +247,8 @@ class Run:
             **mixed,
         )
         self.control_weights = control_at / WEIGHTS
-        with hold_control(control_at):
-            if self.control_weights.exists() and self.cfg.control == "cached":
+        with hold_control(control_at, self.cfg.control == "cached") as trained:
+            if trained:
                 log.info("control trained before: %s", control_at)
             else:
                 log.info("training the float control (kept in %s)", control_at)

@@ -450,7 +450,13 @@ def test_a_run_that_starts_from_its_control_quantizes_that_and_still_tells_what_
         resumed.setattr(stages, "train_control", never)
         train(monkeypatch, *words, "control=run", "resume=true", f"hydra.run.dir={tmp_path}/cut")
     assert not (tmp_path / "cut" / stages.START).exists()  # of no use any more
-    assert len(started) == 3 and all(torch.equal(started[0][n], s[n]) for s in started for n in started[0])
+    (tmp_path / "new").mkdir()
+    save_file(
+        {name: torch.zeros(1) for name in started[0]}, tmp_path / "new" / stages.START
+    )  # of a run that was killed
+    train(monkeypatch, *words, f"hydra.run.dir={tmp_path}/new")
+    assert all(torch.equal(started[0][n], started[-1][n]) for n in started[0])
+    assert len(started) == 4 and all(torch.equal(started[0][n], s[n]) for s in started for n in started[0])
     summaries = {name: read_summary(tmp_path / name) for name in ("float", "whole", "cut")}
     controls = [load_file(path) for path in (job[0] / "controls").glob("*/control.safetensors")]
     assert any(all(torch.equal(control[name], started[0][name]) for name in control) for control in controls)

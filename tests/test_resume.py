@@ -15,6 +15,7 @@ CONFIG = {
 
 
 def check(out, **changes) -> None:
+    out.mkdir(exist_ok=True)
     config = OmegaConf.create(CONFIG)
     for key, value in changes.items():
         OmegaConf.update(config, key, value, force_add=True)
@@ -40,6 +41,21 @@ def test_a_changed_key_is_refused_by_name_and_the_record_stays(tmp_path, key, va
     with pytest.raises(ValueError, match=rf"was started with {key}=.*leave {key} as it was, or start a new run"):
         check(tmp_path, **{"resume": True, key: value})
     assert (tmp_path / RECORD).read_text() == before
+
+
+def test_the_controls_rate_may_change_unless_training_starts_from_the_control(tmp_path):
+    check(tmp_path / "float", control_lr=1e-4, start="float")
+    check(tmp_path / "float", control_lr=1e-3, start="float", resume=True)
+    check(tmp_path / "control", control_lr=1e-4, start="control")
+    with pytest.raises(ValueError, match=r"was started with control_lr=0\.0001"):
+        check(tmp_path / "control", control_lr=1e-3, start="control", resume=True)
+
+
+def test_a_run_from_before_there_was_a_choice_of_start_goes_on(tmp_path):
+    check(tmp_path)
+    check(tmp_path, start="float", resume=True)
+    with pytest.raises(ValueError, match="was started with start=float"):
+        check(tmp_path, start="control", resume=True)
 
 
 def test_another_model_of_the_same_name_is_refused(tmp_path):

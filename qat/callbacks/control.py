@@ -52,8 +52,19 @@ def control_folder(root: Path, trainer: Mapping[str, Any], **inputs: Any) -> Pat
 
 
 @contextmanager
-def hold_control(folder: Path) -> Iterator[None]:
-    """Keep other processes from training the control of `folder`, which is created; waits for one that does."""
+def hold_control(folder: Path, cached: bool) -> Iterator[bool]:
+    """Keep other processes from training the control of `folder`, which is created; waits for one that does.
+
+    Args:
+        cached: one that was trained before will do.
+
+    Returns:
+        Whether there is such a one, which nothing is held for.
+    """
+    weights = folder / WEIGHTS
+    if cached and weights.exists():
+        yield True
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -62,7 +73,7 @@ def hold_control(folder: Path) -> Iterator[None]:
         log.info("waiting for another run, which trains the same control")
         held = lock.acquire()
     with held:
-        yield
+        yield cached and weights.exists()
 
 
 def train_control(

@@ -77,12 +77,15 @@ class Distillation(L.Callback):
     def _teaches(self) -> bool:
         return bool(self.weight or self.hidden)
 
-    def check(self, pl_module: L.LightningModule, quantization: QuantizationAwareTraining | None) -> None:
+    def check(
+        self, pl_module: L.LightningModule, quantization: QuantizationAwareTraining | None, quantizes: bool = True
+    ) -> None:
         """Refuse what cannot be distilled before anything long.
 
         Args:
             pl_module: its model built; the blocks that hidden=... compares are looked for once it is quantized.
-            quantization: how it is quantized; None if it is not.
+            quantization: how it is quantized, if it is.
+            quantizes: whether the run quantizes anything: a control that is taught does not, and its run does.
 
         Raises:
             ValueError: another vocabulary, a model that is its own teacher, no blocks to compare, or blocks whose
@@ -91,7 +94,7 @@ class Distillation(L.Callback):
         if not self._teaches:
             return
         own, start_step = self.teacher is None, 0 if quantization is None else quantization.start_step
-        if own and quantization is None:
+        if own and not quantizes:
             raise ValueError(
                 "nothing is quantized, so the model's own float weights have nothing to teach it: objective=next_token "
                 "trains it plainly"

@@ -19,12 +19,13 @@ log = logging.getLogger(__name__)
 # What a template is told of today: were it the true date, tokens would change at midnight, under a resumed run and
 # under every cached control.  The day is the one that Llama's templates print where nobody tells them.
 TODAY = datetime(2024, 7, 26)
-_DIRECTIVES = "aAbBcdDeFHIjmMpSTuwxXyYZ"
+_DIRECTIVES = {f"%{d}": TODAY.strftime(f"%{d}") for d in "aAbBcdDeFgGhHIjmMpRSTuUVwWxXyYzZ"}
+_DIRECTIVES |= {f"%-{d}": _DIRECTIVES[f"%{d}"].lstrip("0") or "0" for d in "dHIjmMSy"}
 # A macro, because transformers passes no function on to templates; `+` and the line feed keep what follows as it is.
 _STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{d}', '{TODAY.strftime('%' + d)}')" for d in _DIRECTIVES)
-    + " }}{% endmacro %}\n"
+    "{% macro strftime_now(format) %}{{ format | replace('%%', '\x00')"
+    + "".join(f" | replace('{directive}', '{text}')" for directive, text in _DIRECTIVES.items())
+    + " | replace('\x00', '%') }}{% endmacro %}\n"
 )
 
 

@@ -76,7 +76,7 @@ def load_packed(
     _fill(model, _weights(directory), schemes)
     if torch.device(device).type == "cpu":
         _use(backend, model)
-    _move(model.eval(), device)
+    _move(model.eval().requires_grad_(False), device)
     if backend == "cuda":
         use_cuda_kernels(model, model.config.dtype)
     return model, _tokenizer(directory)

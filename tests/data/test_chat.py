@@ -232,7 +232,8 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_reason(chat)
 # The date as Llama 3.1's template takes it, and as Llama 3.2's and gpt-oss's ask for it.
 DATED = (
     "{{ date_string }}, {% macro day(format) %}{{ strftime_now(format) }}{% endmacro %}"
-    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %Y-%m-%d %B %H:%M:%S') }} {{ day('%A') }}{% endif %}"
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %Y-%m-%d %B %H:%M:%S') }} {{ day('%A') }} "
+    "{{ strftime_now('%-m/%-d, 100 %%d') }}{% endif %}"
 )
 
 
@@ -240,7 +241,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_every_day(chat):
     data, messages = chat(template=DATED + CHAT_TEMPLATE), turns("hi", "ok")
     ids, labels = data.encode(messages)
     text = data.tokenizer.decode([*ids, labels[-1]])
-    assert text.startswith("26 Jul 2024, 26 Jul 2024 2024-07-26 July 00:00:00 Friday")
+    assert text.startswith("26 Jul 2024, 26 Jul 2024 2024-07-26 July 00:00:00 Friday 7/26, 100 %d")
     assert labelled(data, ids, labels) == "ok<|end|>"
 
 
