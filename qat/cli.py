@@ -155,12 +155,13 @@ def _load(directory: Path, backend: Any, text: bool = True) -> tuple[Any, Any]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from qat.tasks.models import load
+    from qat.tasks import image_models, models
 
     disable_progress_bar()  # output that is piped is the model's text or figures, nothing else
     if backend == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--backend cuda: torch finds no GPU for the float model in {directory}; leave --backend out")
-    model, tokenizer = load(str(directory))
+    images = not text and "ForImageClassification" in (directory / "config.json").read_text()
+    model, tokenizer = (image_models if images else models).load(str(directory))
     model.requires_grad_(False)  # what is not trained has a fused decoder
     return model.to("cuda" if backend == "cuda" else "cpu"), tokenizer
 
@@ -356,8 +357,7 @@ def _layers(model: Any, whole: Any, against: Path | None) -> list[dict[str, Any]
         }
         if whole is not None:
             original: Any = dict(whole.named_modules()).get(name)
-            kind = LAYERS.get(type(original))
-            weight = None if kind is None else kind.as_matrix(original.weight.detach())
+            weight = LAYERS[type(original)].as_matrix(original.weight.detach()) if type(original) in LAYERS else None
             if weight is None or list(weight.shape) != row["shape"]:
                 raise ValueError(f"{against} has no layer {name} of shape {row['shape']}: is it the same architecture?")
             spec = layer.scheme.weight
